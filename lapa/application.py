@@ -1,0 +1,107 @@
+"""One Hydra application a stage: compose the configuration, turn it into a dataclass, run the stage."""
+
+import dataclasses
+import inspect
+import os
+import re
+import sys
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lapa import schema
+from lapa.cli import STAGES
+from lapa.stage import run_stage
+
+# Stages write into folders of their own; Hydra shall neither make one nor log into a file.
+HYDRA_DEFAULTS = {"hydra.run.dir": ".", "hydra.output_subdir": "null", "hydra/job_logging": "stdout"}
+
+
+def register_schema() -> None:
+    """Store every stage's dataclass and every group's choices where Hydra finds them."""
+    store = ConfigStore.instance()
+    for verb, stage in STAGES.items():
+        store.store(name=f"{verb}_schema", node=getattr(schema, stage.config))
+    for group, choices in schema.GROUPS.items():
+        for name, node in choices.items():
+            store.store(group=group, name=name, node=node)
+
+
+def launch(verb: str, options: list[str]) -> None:
+    """Run one stage with Hydra overrides; a user's mistake ends with its message and exit code 2."""
+    register_schema()
+    given = {option.split("=", 1)[0] for option in options}
+    defaults = [f"{key}={value}" for key, value in HYDRA_DEFAULTS.items() if key not in given]
+    overrides = [option for option in options if "=" in option and not option.startswith("-")]
+    flags = [option for option in options if option not in overrides]
+    sys.argv = [f"lapa {verb}", *overrides, *defaults, *flags]
+
+    @hydra.main(version_base="1.3", config_path="pkg://configs", config_name=verb)
+    def application(composed: DictConfig) -> None:
+        try:
+            run_stage(verb, to_dataclass(verb, composed))
+        except (ValueError, OSError) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            print(f"lapa {verb}: {error}", file=sys.stderr)
+            print("(HYDRA_FULL_ERROR=1 shows the whole traceback)", file=sys.stderr)
+            sys.exit(2)
+
+    application()
+
+
+def to_dataclass(verb: str, composed: DictConfig):
+    """The stage's dataclass; ValueError that names the option where one is missing or of a wrong type."""
+    try:
+        return OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        option = error.full_key or str(error).rsplit(": ", 1)[-1]
+        raise ValueError(f"{option} is required: lapa {verb} {option}=...  (lapa {verb} --help lists all)") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def stage_help(verb: str) -> str:
+    """What a stage does and every option of it: name, default and comment, read from the schema."""
+    config = getattr(schema, STAGES[verb].config)
+    lines = [
+        f"usage: lapa {verb} [option=value ...]",
+        "",
+        inspect.cleandoc(config.__doc__ or ""),
+        "",
+        "options:",
+    ]
+    lines += _option_lines(config(), "")
+    return "\n".join(lines)
+
+
+def _option_lines(config, prefix: str) -> list[str]:
+    comments = _field_comments(type(config))
+    choices = {base: names for names in schema.GROUPS.values() for base in _bases(names)}
+    lines = []
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if field.type in choices:
+            lines.append(f"  {name:<34} one of {' | '.join(choices[field.type])}")
+        elif dataclasses.is_dataclass(value):
+            lines += _option_lines(value, f"{name}.")
+        else:
+            shown = "required" if value == schema.MISSING else "null" if value is None else value
+            lines.append(f"  {f'{name}={shown}':<34} {comments.get(field.name, '')}".rstrip())
+    return lines
+
+
+def _bases(choices: dict[str, type]) -> set[type]:
+    """The declared base class that a group's dataclasses share."""
+    return {base for node in choices.values() for base in node.__mro__[1:] if dataclasses.is_dataclass(base)}
+
+
+def _field_comments(config: type) -> dict[str, str]:
+    """Trailing comments of the fields, from the source."""
+    comments: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if dataclasses.is_dataclass(base):
+            comments |= dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(base), re.MULTILINE))
+    return comments

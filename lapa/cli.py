@@ -1,0 +1,75 @@
+"""The table of contents: a verb, one line of help, and the module that is loaded when it is called.
+
+    lapa <stage> [option=value ...]      one Hydra application a stage
+    lapa run experiment=quickstart       all of them, in order
+
+Nothing heavy is imported here, so `lapa --help` answers at once.
+"""
+
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    help: str
+    module: str
+    config: str  # the dataclass in lapa/schema.py
+
+
+STAGES = {
+    "ingest": Stage("a folder of video files -> a frame store", "video_data.ingest", "IngestConfig"),
+    "demos": Stage(
+        "scripted experts in MuJoCo -> LeRobotDataset, with and without actions", "envs.demos", "DemosConfig"
+    ),
+    "train_quantizer": Stage(
+        "frame pairs -> latent-action quantizer", "lapa.quantizer.train_quantizer", "TrainQuantizerConfig"
+    ),
+    "label": Stage("quantizer + data set -> a latent action for every frame", "lapa.quantizer.label", "LabelConfig"),
+    "pretrain": Stage("labels -> latent vision-language-action model", "lapa.latent_vla.pretrain", "PretrainConfig"),
+    "finetune": Stage("a few demonstrations -> LeRobot policy", "policies.finetune", "FinetuneConfig"),
+    "evaluate": Stage(
+        "LeRobot policy -> success in MuJoCo, with intervals and videos", "envs.evaluate", "EvaluateConfig"
+    ),
+    "report": Stage("run directory -> report.html", "lapa.report", "ReportConfig"),
+    "run": Stage("all stages in one run directory: lapa run experiment=quickstart", "lapa.pipeline", "RunConfig"),
+}
+
+
+def help_text() -> str:
+    width = max(map(len, STAGES))
+    rows = "\n".join(f"  {verb:<{width}}  {stage.help}" for verb, stage in STAGES.items())
+    return (
+        "usage: lapa <stage> [option=value ...]\n\nVideo without actions into robot policies.\n\nstages:\n"
+        f"{rows}\n\n"
+        "lapa <stage> --help      the stage's options, defaults and units\n"
+        "lapa <stage> --cfg job   the composed configuration\n"
+        "Every stage reads and writes folders, and goes on where it was killed when called again."
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return
+    verb, options = arguments[0], arguments[1:]
+    if verb == "--version":
+        from lapa import __version__
+
+        print(f"lapa {__version__}")
+        return
+    if verb not in STAGES:
+        print(f"lapa: no stage {verb!r}; stages are {', '.join(STAGES)}", file=sys.stderr)
+        sys.exit(2)
+
+    from lapa import application
+
+    if "-h" in options or "--help" in options:
+        print(application.stage_help(verb))
+    else:
+        application.launch(verb, options)
+
+
+if __name__ == "__main__":
+    main()

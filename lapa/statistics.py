@@ -1,0 +1,66 @@
+"""Intervals for success rates, and the gap closure between Scratch and the upper bound.
+
+Outcomes of an arm are an array (S, E) of 0 and 1: training seeds by paired episodes.
+"""
+
+import numpy as np
+
+NUM_RESAMPLES = 4000
+
+
+def wilson_interval(num_successes: int, num_trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a success rate (Wilson 1927); (0, 1) for no trials."""
+    if num_trials == 0:
+        return 0.0, 1.0
+    rate, square = num_successes / num_trials, z * z / num_trials
+    centre = (rate + square / 2) / (1 + square)
+    half = z * np.sqrt(rate * (1 - rate) / num_trials + square / (4 * num_trials)) / (1 + square)
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def resampled_means(outcomes: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    """Hierarchical bootstrap: (R,) mean success of every arm, resampling seeds, then episodes.
+
+    Episodes are paired, so a resample draws the same episodes for all arms; seeds are drawn for each arm.
+    """
+    generator = np.random.default_rng(seed)
+    num_episodes = {array.shape[1] for array in outcomes.values()}
+    if len(num_episodes) != 1:
+        raise ValueError(f"arms have {sorted(num_episodes)} episodes: paired statistics need the same episodes")
+    (count,) = num_episodes
+    means = {arm: np.empty(NUM_RESAMPLES) for arm in outcomes}
+    for index in range(NUM_RESAMPLES):
+        episodes = generator.integers(count, size=count)
+        for arm, array in outcomes.items():
+            seeds = generator.integers(len(array), size=len(array))
+            means[arm][index] = array[seeds][:, episodes].mean()
+    return means
+
+
+def interval(samples: np.ndarray) -> tuple[float, float]:
+    """Central 95% of bootstrap samples."""
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def gap_closure(
+    outcomes: dict[str, np.ndarray], arm: str = "lapa", floor: str = "scratch", ceiling: str = "action_vla"
+) -> dict | None:
+    """(arm - floor) / (ceiling - floor) with its interval.
+
+    None where one of the arms is missing, or where the 95% interval of ceiling - floor holds zero: a ratio
+    to a gap inside the noise means nothing.
+    """
+    if not {arm, floor, ceiling} <= set(outcomes):
+        return None
+    means = resampled_means({name: outcomes[name] for name in (arm, floor, ceiling)})
+    gap = means[ceiling] - means[floor]
+    if interval(gap)[0] <= 0:
+        return None
+    low, high = interval((means[arm] - means[floor]) / np.maximum(gap, 1e-9))
+    rate = {name: outcomes[name].mean() for name in (arm, floor, ceiling)}
+    return {
+        "value": float((rate[arm] - rate[floor]) / (rate[ceiling] - rate[floor])),
+        "low": low,
+        "high": high,
+    }

@@ -1,0 +1,52 @@
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+
+from lapa.report import run
+from lapa.schema import ReportConfig
+
+
+def write_run(folder, rates, num_seeds=3, num_episodes=100):
+    for arm, rate in rates.items():
+        for seed in range(num_seeds):
+            outcomes = np.random.default_rng([seed, len(arm)]).random(num_episodes) < rate
+            target = folder / "evaluate" / f"{arm}-seed{seed}"
+            target.mkdir(parents=True)
+            rows = [{"family": "reach", "seed": 7 + i, "success": bool(s)} for i, s in enumerate(outcomes)]
+            (target / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (target / "videos").mkdir()
+            (target / "videos" / "reach_0.mp4").write_bytes(b"not really a video")
+    log = folder / "pretrain" / "lapa-seed0"
+    log.mkdir(parents=True)
+    (log / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+
+
+def test_page_is_self_contained_and_shows_the_rates_it_read(tmp_path):
+    write_run(tmp_path, {"scratch": 0.1, "lapa": 0.6, "action_vla": 0.8})
+    results = run(ReportConfig(run_dir=str(tmp_path)))
+    page = (tmp_path / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "no reference outside the page"
+    for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page):
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert f"{100 * results['success_lapa']:.0f}%" in page
+    assert page.count("<video") == 9
+    assert 0.4 < results["gap_closure"] < 1.0
+
+
+def test_only_episodes_that_every_arm_has_are_compared(tmp_path):
+    write_run(tmp_path, {"scratch": 0.1, "lapa": 0.6})
+    shorter = tmp_path / "evaluate" / "lapa-seed1" / "episodes.jsonl"
+    shorter.write_text("\n".join(shorter.read_text().splitlines()[:40]) + "\n")
+    run(ReportConfig(run_dir=str(tmp_path)))
+    page = (tmp_path / "report.html").read_text()
+    assert "only the 40 episodes" in page and "3 x 40" in page
+
+
+def test_an_empty_run_directory_gives_a_page_and_a_missing_one_an_error(tmp_path):
+    run(ReportConfig(run_dir=str(tmp_path)))
+    assert "Nothing has been run" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match="no run directory"):
+        run(ReportConfig(run_dir=str(tmp_path / "absent")))

@@ -1,0 +1,59 @@
+import json
+import types
+from dataclasses import dataclass
+
+import pytest
+
+from lapa import cli, stage
+
+
+@dataclass
+class Options:
+    output_dir: str
+    amount: int = 1
+    num_workers: int = 2
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A stage `toy` that counts how often it runs."""
+    made: list[int] = []
+
+    def run(config):
+        made.append(config.amount)
+        if config.amount < 0:
+            raise ValueError("amount is negative")
+        return {"doubled": 2 * config.amount}
+
+    monkeypatch.setitem(cli.STAGES, "toy", cli.Stage("", "toy_module", "Options"))
+    monkeypatch.setattr(stage.importlib, "import_module", lambda name: types.SimpleNamespace(run=run))
+    return made
+
+
+def test_complete_stage_is_not_run_again_and_keeps_its_results(tmp_path, calls):
+    options = Options(str(tmp_path / "out"), amount=3)
+    assert stage.run_stage("toy", options) == {"doubled": 6}
+    assert stage.run_stage("toy", options) == {"doubled": 6}
+    assert calls == [3]
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert record["status"] == "complete" and record["versions"]["torch"] and record["peak_memory_mb"] > 0
+
+
+def test_failed_stage_runs_again(tmp_path, calls):
+    options = Options(str(tmp_path), amount=-1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="negative"):
+            stage.run_stage("toy", options)
+    assert calls == [-1, -1]
+
+
+def test_other_options_in_the_same_folder_are_refused_by_name(tmp_path, calls):
+    stage.run_stage("toy", Options(str(tmp_path), amount=1))
+    with pytest.raises(ValueError, match=r"amount was 1, is 2.*choose another output_dir"):
+        stage.run_stage("toy", Options(str(tmp_path), amount=2))
+
+
+def test_number_of_workers_may_change_between_calls(tmp_path, calls):
+    stage.run_stage("toy", Options(str(tmp_path), num_workers=1))
+    stage.run_stage("toy", Options(str(tmp_path), num_workers=4))
+    assert calls == [1]
