@@ -95,6 +95,7 @@ class ConvolutionalQuantizer(QuantizerModel):
 
     name: str = "convolutional"
     width: int = 32
+    num_keypoints: int = 32
     num_motions: int = 2  # motions of pixels a latent action can ask for at once
     motion_radius: float = 0.2  # farthest motion, as a share of the image
 
@@ -171,6 +172,7 @@ class TrainQuantizerConfig:
     codebook: Codebook = MISSING
     motion_weight: float = 0.0  # 0: plain pixel error; else extra weight on pixels that change
     num_eval_pairs: int = 2048
+    probe_data: str | None = None  # the same episodes with actions, for the probes only; default: data.path if it has them
     gate: QuantizerGate = field(default_factory=QuantizerGate)
     training: Training = field(default_factory=lambda: Training(num_steps=1200, checkpoint_every_steps=200))
     runtime: Runtime = field(default_factory=Runtime)
@@ -218,6 +220,7 @@ class PretrainConfig:
     action_data: str | None = None  # `lapa run` only: the same episodes with actions, for the action_vla arm
     backbone: Backbone = MISSING
     image_size: int = 64
+    image_tokenizer: str = "keypoints"  # keypoints (picked by the instruction) | grid (a token a patch)
     max_text_tokens: int = 16
     random_shift_pixels: int = 4  # augmentation, zero: off
     chunk_size: int = 4  # actions predicted at once (target=action)
@@ -237,6 +240,7 @@ class FinetuneConfig:
     pretrained: str | None = None  # folder of `lapa pretrain`; null: Scratch, the same model from random weights
     backbone: Backbone = MISSING  # only for Scratch; otherwise the pretrained folder says
     image_size: int = 64
+    image_tokenizer: str = "keypoints"  # keypoints (picked by the instruction) | grid (a token a patch)
     max_text_tokens: int = 16
     random_shift_pixels: int = 4
     action_head: str = "chunk"  # chunk (continuous) | bins (quantile bins, as in the paper)

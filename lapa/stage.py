@@ -37,12 +37,19 @@ def run_stage(verb: str, config) -> dict:
         if record["status"] == "complete":
             print(f"{verb}: {output_dir} is complete")
             return record["results"]
+    fresh = not record_path.is_file()
     record_path.parent.mkdir(parents=True, exist_ok=True)
     record = {"stage": verb, "status": "running", "options": options}
     write_json(record_path, record)
 
     started = time.perf_counter()
-    results = importlib.import_module(STAGES[verb].module).run(config)
+    try:
+        results = importlib.import_module(STAGES[verb].module).run(config)
+    except Exception:
+        # A stage that failed before it made anything must not pin its options: the next call will correct them.
+        if fresh and [path.name for path in record_path.parent.iterdir()] == [RECORD]:
+            record_path.unlink()
+        raise
     write_json(
         record_path,
         record

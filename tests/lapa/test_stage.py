@@ -47,6 +47,12 @@ def test_failed_stage_runs_again(tmp_path, calls):
     assert calls == [-1, -1]
 
 
+def test_options_of_a_call_that_failed_at_once_can_be_corrected(tmp_path, calls):
+    with pytest.raises(ValueError, match="negative"):
+        stage.run_stage("toy", Options(str(tmp_path), amount=-1))
+    assert stage.run_stage("toy", Options(str(tmp_path), amount=2)) == {"doubled": 4}
+
+
 def test_other_options_in_the_same_folder_are_refused_by_name(tmp_path, calls):
     stage.run_stage("toy", Options(str(tmp_path), amount=1))
     with pytest.raises(ValueError, match=r"amount was 1, is 2.*choose another output_dir"):

@@ -1,0 +1,87 @@
+"""Any saved LeRobot policy as a function from frames, states and instructions to actions, for a batch."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+IMAGE_KEY = "observation.images.top"
+
+
+class Policy(Protocol):
+    """What evaluation needs of a policy."""
+
+    def reset(self) -> None:
+        """Forget the present episodes."""
+
+    def act(self, frames: np.ndarray, states: np.ndarray, instructions: list[str]) -> np.ndarray:
+        """Actions (B, 2) in metres for frames (B, H, W, 3) uint8, states (B, 2) in metres and B instructions."""
+
+
+class PolicyFolder:
+    """A policy saved by LeRobot, with its own pre- and postprocessor.
+
+    The policy keeps one queue of actions for the whole batch, so a batch must start and step together.
+
+    Args:
+        folder: holds config.json and model.safetensors, and the processors' files.
+        device: auto, cpu, cuda or cuda:N.
+        image_size: of the frames that act() will be given, pixels.
+
+    Raises:
+        ValueError: where the folder is no policy, or the policy needs other observations than these.
+    """
+
+    def __init__(self, folder: str | Path, device: str, image_size: int) -> None:
+        import torch
+        from lerobot.configs.policies import PreTrainedConfig
+        from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+        from lerobot.utils.import_utils import register_third_party_plugins
+
+        folder = Path(folder).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"no config.json in {folder}: expected the folder of a saved LeRobot policy")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        register_third_party_plugins()
+        config = PreTrainedConfig.from_pretrained(folder)
+        config.device = device
+        self.image_key = find_image_key(config, image_size)
+        self.device = torch.device(device)
+        self.policy = get_policy_class(config.type).from_pretrained(folder, config=config)
+        self.policy.to(self.device).eval()
+        self.preprocess, self.postprocess = make_pre_post_processors(
+            config,
+            pretrained_path=str(folder),
+            preprocessor_overrides={"device_processor": {"device": device}},
+        )
+
+    def reset(self) -> None:
+        self.policy.reset()
+
+    def act(self, frames: np.ndarray, states: np.ndarray, instructions: list[str]) -> np.ndarray:
+        import torch
+
+        images = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).contiguous().float() / 255
+        observation = {
+            self.image_key: images,
+            "observation.state": torch.from_numpy(states).to(self.device),
+            "task": instructions,
+        }
+        with torch.inference_mode():
+            actions = self.postprocess(self.policy.select_action(self.preprocess(observation)))
+        return actions.float().cpu().numpy()
+
+
+def find_image_key(config, image_size: int) -> str:
+    """The name under which the policy wants the one camera's frames."""
+    features = config.image_features
+    if len(features) != 1:
+        raise ValueError(f"the policy wants images {sorted(features)}, this suite has one camera, {IMAGE_KEY}")
+    ((key, feature),) = features.items()
+    if tuple(feature.shape[-2:]) != (image_size, image_size):
+        raise ValueError(
+            f"image_size is {image_size}, the policy was trained on frames of shape {tuple(feature.shape)}: "
+            f"set image_size={feature.shape[-1]}"
+        )
+    return key

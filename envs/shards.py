@@ -1,0 +1,187 @@
+"""Expert episodes, rolled out and encoded in shards: what `envs.demos` hands to its worker processes.
+
+A shard is a folder with one video of all its episodes, one after the other, and what happened in them. It appears
+under its name only when it is complete, and depends on nothing but the options and its number: a run that was
+killed goes on with the shards that are missing. This file imports neither torch nor LeRobot, which take longer to
+load than a shard takes to render.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import av
+import gymnasium
+import numpy as np
+
+from envs import FAMILIES
+from envs.arena import CONTROL_HZ, MAX_STEP
+from envs.tabletop import TabletopEnv
+
+EPISODES_PER_SHARD = 25
+ATTEMPTS = 10
+# Far from the evaluation's seeds too, for up to a million episodes.
+ATTEMPT_STRIDE = 100_000_000
+NOISE_STREAM = 1
+
+# Full chroma: at 64 pixels yuv420p smears the blocks' colours (30 dB against 45 dB, measured).
+PIXEL_FORMAT = "yuv444p"
+CRF = 12
+KEYFRAME_INTERVAL = 4
+PRESET = "veryfast"
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """The options of `lapa demos` that decide what a shard holds."""
+
+    families: tuple[str, ...]
+    num_episodes: int
+    seed: int
+    split: str
+    image_size: int
+    num_blocks: tuple[int, int]
+    variant: str
+    action_noise_m: float
+    mp4: bool
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_episodes // EPISODES_PER_SHARD)
+
+
+@dataclass
+class Episode:
+    """One successful episode. Step t: the frame and state seen, and the action executed from there."""
+
+    frames: np.ndarray  # (T, H, W, 3) uint8
+    states: np.ndarray  # (T, 2) float32 metres
+    actions: np.ndarray  # (T, 2) float32 metres
+    instruction: str
+    family: str
+    seed: int  # of the attempt that succeeded
+    num_failures: int
+
+
+def record_episode(env: TabletopEnv, seed: int, action_noise_m: float) -> Episode | None:
+    """Let the expert act under Gaussian noise (standard deviation in metres); None where it never succeeds.
+
+    A failed attempt is repeated from seed + k * ATTEMPT_STRIDE.
+    """
+    for attempt in range(ATTEMPTS):
+        attempt_seed = seed + attempt * ATTEMPT_STRIDE
+        rng = np.random.default_rng([NOISE_STREAM, attempt_seed])
+        observation, info = env.reset(seed=attempt_seed)
+        frames, states, actions = [], [], []
+        success = done = False
+        while not done:
+            noisy = env.expert_action() + rng.normal(0.0, action_noise_m, 2)
+            frames.append(observation["pixels"])
+            states.append(observation["agent_pos"])
+            observation, _, success, truncated, step_info = env.step(np.clip(noisy, -MAX_STEP, MAX_STEP))
+            actions.append(step_info["executed_action"])
+            done = success or truncated
+        if success:
+            return Episode(
+                np.stack(frames),
+                np.stack(states),
+                np.stack(actions),
+                info["instruction"],
+                env.family,
+                attempt_seed,
+                attempt,
+            )
+    return None
+
+
+def encode_video(path: Path, episodes: list[np.ndarray]) -> None:
+    """Write episodes of frames (T, H, W, 3) uint8 one after the other, each opening with a key frame."""
+    height, width = episodes[0].shape[1:3]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=CONTROL_HZ)
+        stream.width, stream.height, stream.pix_fmt = width, height, PIXEL_FORMAT
+        stream.codec_context.thread_count = 1
+        stream.options = {
+            "crf": str(CRF),
+            "preset": PRESET,
+            "g": str(KEYFRAME_INTERVAL),
+            "bf": "0",
+            "forced-idr": "1",
+        }
+        for frames in episodes:
+            for index, pixels in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                if index == 0:
+                    frame.pict_type = av.video.frame.PictureType.I
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def make_env(options: ShardOptions, family: str) -> TabletopEnv:
+    env = gymnasium.make(
+        FAMILIES[family],
+        disable_env_checker=True,
+        image_size=options.image_size,
+        num_blocks=options.num_blocks,
+        split=options.split,
+        variant=options.variant,
+    ).unwrapped
+    assert isinstance(env, TabletopEnv)
+    return env
+
+
+# One environment a family and a process: building one costs more than an episode.
+_envs: dict[tuple[ShardOptions, str], TabletopEnv] = {}
+
+
+def write_shard(folder: Path, options: ShardOptions, number: int) -> int:
+    """Roll out and write shard `number`; returns how many episodes it holds."""
+    first = number * EPISODES_PER_SHARD
+    episodes, skipped = [], []
+    for index in range(first, min(first + EPISODES_PER_SHARD, options.num_episodes)):
+        family = options.families[index % len(options.families)]
+        if (options, family) not in _envs:
+            _envs[options, family] = make_env(options, family)
+        episode = record_episode(_envs[options, family], options.seed + index, options.action_noise_m)
+        if episode is None:
+            skipped.append({"family": family, "seed": options.seed + index, "attempts": ATTEMPTS})
+        else:
+            episodes.append((index, episode))
+
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if episodes:
+        encode_video(partial / "frames.mp4", [episode.frames for _, episode in episodes])
+        np.savez(
+            partial / "steps.npz",
+            states=np.concatenate([episode.states for _, episode in episodes]),
+            actions=np.concatenate([episode.actions for _, episode in episodes]),
+            lengths=np.array([len(episode.frames) for _, episode in episodes]),
+            # A sample of pixels, for the data set's statistics: 4 frames, every other row and column.
+            pixels=np.stack([pixel_sample(episode.frames) for _, episode in episodes]),
+        )
+        if options.mp4:
+            for index, episode in episodes:
+                encode_video(partial / f"episode_{index:06d}.mp4", [episode.frames])
+    rows = [
+        {
+            "index": index,
+            "family": episode.family,
+            "seed": episode.seed,
+            "instruction": episode.instruction,
+            "num_failures": episode.num_failures,
+        }
+        for index, episode in episodes
+    ]
+    summary = {"options": asdict(options), "episodes": rows, "skipped": skipped}
+    (partial / "shard.json").write_text(json.dumps(summary), encoding="utf-8")
+    partial.replace(folder)
+    return len(episodes)
+
+
+def pixel_sample(frames: np.ndarray) -> np.ndarray:
+    """(4 * H/2 * W/2, 3) uint8 pixels from frames (T, H, W, 3)."""
+    times = np.linspace(0, len(frames) - 1, 4).round().astype(int)
+    return frames[times, ::2, ::2].reshape(-1, 3)

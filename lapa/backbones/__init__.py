@@ -1,0 +1,1 @@
+"""Interchangeable transformers behind one contract: embeddings, modality ids and a mask in, hidden states out."""

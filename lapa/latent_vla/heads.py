@@ -1,0 +1,167 @@
+"""What is read from the trunk: latent action tokens, binned actions, or continuous action chunks.
+
+Shapes: B batch, L code length, K codes a token, D width, T chunk size, A action dimensions, N bins.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LatentHead(nn.Module):
+    """Latent action tokens in order, each from the ones before it (arXiv 2410.11758).
+
+    Beside the chain, all tokens are predicted at once from the readout token alone. The chain asks the
+    readout only about the first token; what an action head inherits should know the whole latent action.
+    """
+
+    def __init__(self, width: int, code_length: int, codebook_size: int):
+        super().__init__()
+        self.code_length, self.codebook_size = code_length, codebook_size
+        self.code_embedding = nn.Parameter(torch.randn(code_length - 1, codebook_size, width) * width**-0.5)
+        self.at_once = nn.Linear(width, code_length * codebook_size)
+        self.in_order = nn.Parameter(torch.randn(code_length, width, codebook_size) * width**-0.5)
+
+    def tokens(self, readout_D: Tensor, latent_BL: Tensor) -> Tensor:
+        """Inputs (B, l + 1, D): the readout token, then the l <= L - 1 tokens known so far."""
+        known = latent_BL.shape[1]
+        embedded_BLD = self.code_embedding[torch.arange(known, device=latent_BL.device), latent_BL]
+        return torch.cat([readout_D.expand(len(latent_BL), 1, -1), embedded_BLD], dim=1)
+
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """(B, l, K) for the tokens that follow hidden states (B, l, D)."""
+        return torch.einsum("bld,ldk->blk", hidden_BLD, self.in_order[: hidden_BLD.shape[1]])
+
+    def loss(self, hidden_BLD: Tensor, latent_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy in nats a token, of the chain and of the readout, added."""
+        logits_BLK = self.logits(hidden_BLD).float()
+        chain = F.cross_entropy(logits_BLK.flatten(0, 1), latent_BL.flatten())
+        at_once_BLK = self.at_once(hidden_BLD[:, 0]).float().unflatten(-1, (self.code_length, self.codebook_size))
+        at_once = F.cross_entropy(at_once_BLK.flatten(0, 1), latent_BL.flatten())
+        accuracy = (logits_BLK.argmax(-1) == latent_BL).float().mean()
+        return chain + at_once, {
+            "token_cross_entropy": chain.detach(),
+            "readout_cross_entropy": at_once.detach(),
+            "token_accuracy": accuracy.detach(),
+        }
+
+
+class ChunkActionHead(nn.Module):
+    """A continuous chunk of normalised actions by L1 regression."""
+
+    def __init__(self, width: int, chunk_size: int, action_dim: int):
+        super().__init__()
+        self.chunk_size, self.action_dim = chunk_size, action_dim
+        self.output = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, chunk_size * action_dim)
+        )
+
+    def forward(self, hidden_BD: Tensor) -> Tensor:
+        return self.output(hidden_BD).float().unflatten(-1, (self.chunk_size, self.action_dim))
+
+    def decode(self, hidden_BD: Tensor) -> Tensor:
+        """Normalised actions (B, T, A)."""
+        return self(hidden_BD)
+
+    def loss(self, hidden_BD: Tensor, actions_BTA: Tensor, is_pad_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean absolute error a sample (B,), over the actions that are not padding."""
+        error_BT = (self(hidden_BD) - actions_BTA).abs().mean(-1)
+        loss_B = masked_mean(error_BT, is_pad_BT)
+        return loss_B, {"action_l1": loss_B.detach().mean()}
+
+
+class BinnedActionHead(nn.Module):
+    """Each action dimension as one of up to `num_bins` bins of equal count, decoded to the bin's midpoint.
+
+    The edges are quantiles of the finetuning set, duplicates dropped (arXiv 2410.11758), so a dimension
+    may have fewer bins; logits of the others are masked out. Actions outside the edges belong to the
+    nearest bin.
+    """
+
+    edges_AN: Tensor
+    num_bins_A: Tensor
+
+    def __init__(self, width: int, chunk_size: int, action_dim: int, num_bins: int):
+        super().__init__()
+        if num_bins < 2:
+            raise ValueError(f"num_bins is {num_bins}, expected at least 2")
+        self.chunk_size, self.action_dim, self.num_bins = chunk_size, action_dim, num_bins
+        self.output = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, chunk_size * action_dim * num_bins)
+        )
+        self.register_buffer("edges_AN", torch.zeros(action_dim, num_bins + 1))
+        self.register_buffer("num_bins_A", torch.zeros(action_dim, dtype=torch.int64))
+
+    @torch.no_grad()
+    def fit_bins(self, actions_NA: Tensor) -> None:
+        """Take the edges from normalised actions (N, A)."""
+        if actions_NA.ndim != 2 or actions_NA.shape[1] != self.action_dim or not len(actions_NA):
+            raise ValueError(f"bins need actions (N, {self.action_dim}), got {tuple(actions_NA.shape)}")
+        levels = torch.linspace(0, 1, self.num_bins + 1, dtype=torch.float64)
+        for dim in range(self.action_dim):
+            edges = torch.quantile(actions_NA[:, dim].double(), levels).unique().float().unique()
+            if len(edges) == 1:
+                # A constant dimension is one bin whose midpoint is the constant.
+                edges = edges.repeat(2)
+            self.num_bins_A[dim] = len(edges) - 1
+            self.edges_AN[dim, : len(edges)] = edges
+            self.edges_AN[dim, len(edges) :] = edges[-1]
+
+    def encode(self, actions_BTA: Tensor) -> Tensor:
+        """Bin indices (B, T, A) int64 of normalised actions."""
+        self._require_bins()
+        columns = []
+        for dim in range(self.action_dim):
+            inner = self.edges_AN[dim, 1 : int(self.num_bins_A[dim])].contiguous()
+            columns.append(torch.bucketize(actions_BTA[..., dim].contiguous(), inner, right=True))
+        return torch.stack(columns, dim=-1)
+
+    def midpoints(self, bins_BTA: Tensor) -> Tensor:
+        """Normalised actions (B, T, A) from bin indices."""
+        middle_AN = (self.edges_AN[:, :-1] + self.edges_AN[:, 1:]) / 2
+        return middle_AN[torch.arange(self.action_dim, device=bins_BTA.device), bins_BTA]
+
+    def forward(self, hidden_BD: Tensor) -> Tensor:
+        """Logits (B, T, A, N), minus infinity where the dimension has no such bin."""
+        self._require_bins()
+        shape = (self.chunk_size, self.action_dim, self.num_bins)
+        logits_BTAN = self.output(hidden_BD).float().unflatten(-1, shape)
+        missing_AN = torch.arange(self.num_bins, device=hidden_BD.device) >= self.num_bins_A[:, None]
+        return logits_BTAN.masked_fill(missing_AN, -torch.inf)
+
+    def decode(self, hidden_BD: Tensor) -> Tensor:
+        """Normalised actions (B, T, A): the midpoint of the likeliest bin."""
+        return self.midpoints(self(hidden_BD).argmax(-1))
+
+    def loss(self, hidden_BD: Tensor, actions_BTA: Tensor, is_pad_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy in nats a sample (B,), over the actions that are not padding."""
+        logits_BTAN, bins_BTA = self(hidden_BD), self.encode(actions_BTA)
+        entropy_BT = F.cross_entropy(logits_BTAN.movedim(-1, 1), bins_BTA, reduction="none").mean(-1)
+        loss_B = masked_mean(entropy_BT, is_pad_BT)
+        error_BT = (self.midpoints(logits_BTAN.detach().argmax(-1)) - actions_BTA).abs().mean(-1)
+        return loss_B, {
+            "bin_cross_entropy": loss_B.detach().mean(),
+            "action_l1": masked_mean(error_BT, is_pad_BT).mean(),
+        }
+
+    def _require_bins(self) -> None:
+        if not bool((self.num_bins_A > 0).all()):
+            raise ValueError(
+                "the binned action head has no bin edges: `lapa finetune` takes them from its data set; "
+                "elsewhere call fit_bins first, or use action_head=chunk"
+            )
+
+
+def masked_mean(values_BT: Tensor, is_pad_BT: Tensor) -> Tensor:
+    """Mean over T where not padding, a sample (B,)."""
+    kept_BT = (~is_pad_BT).to(values_BT.dtype)
+    return (values_BT * kept_BT).sum(1) / kept_BT.sum(1).clamp(min=1)
+
+
+def build_action_head(name: str, width: int, chunk_size: int, action_dim: int, num_bins: int) -> nn.Module:
+    """`chunk` (continuous) or `bins` (quantile bins); ValueError for another name."""
+    if name == "chunk":
+        return ChunkActionHead(width, chunk_size, action_dim)
+    if name == "bins":
+        return BinnedActionHead(width, chunk_size, action_dim, num_bins)
+    raise ValueError(f"unknown action_head {name!r}: known are ['bins', 'chunk']")

@@ -1,0 +1,246 @@
+"""Stage `pretrain`: the trunk learns to predict what happens next, as latent actions or as true actions.
+
+target=latent reads the labels of `lapa label` (arXiv 2410.11758). target=action reads the data set's own
+actions: ActionVLA, the upper bound of what the videos could teach.
+
+Writes config.json, model.safetensors, log.jsonl and metrics.json.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lapa.checkpoint import save_model, write_json
+from lapa.data import FrameStore, action_chunks, open_frames, split_episodes, to_float
+from lapa.latent_vla.heads import ChunkActionHead
+from lapa.latent_vla.model import ActionModel, LatentActionModel, VisionLanguageTrunk
+from lapa.latent_vla.text import count_longer, encode_text
+from lapa.latent_vla.vision import random_shift
+from lapa.quantizer.label import load_labels
+from lapa.runtime import Compute, setup
+from lapa.schema import PretrainConfig
+from lapa.trainer import finish, fit
+
+EVALUATION_BATCH = 256
+MAX_EVALUATION_FRAMES = 4096
+NUM_CURVE_FRAMES = 512  # held-out frames behind each point of the training curve
+CURVE_EVERY_LOGS = 10
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the trunk is trained on.
+
+    model: trunk and head. is_usable (N,): frames with a target. loss: of (images, words, frame indices).
+    evaluate: the same inputs, to sums over the batch by name. baseline: what a guess without looking gets.
+    config: what config.json says beside the trunk.
+    """
+
+    model: nn.Module
+    is_usable: np.ndarray
+    loss: Callable[[Tensor, Tensor, np.ndarray], tuple[Tensor, dict[str, Tensor]]]
+    evaluate: Callable[[Tensor, Tensor, np.ndarray], dict[str, Tensor]]
+    baseline: dict[str, float]
+    config: dict[str, Any]
+
+
+def run(cfg: PretrainConfig) -> dict:
+    """Pretrain and return held-out numbers; ValueError for labels that do not fit or failed their gate."""
+    compute = setup(cfg.runtime)
+    store = open_frames(cfg.data, cfg.image_size, cfg.cache_dir)
+    train_episodes, held_out_episodes = split_episodes(store, cfg.holdout_fraction, cfg.training.seed)
+    in_training = np.isin(store.episode_of_frame(), train_episodes)
+    torch.manual_seed(cfg.training.seed)
+    trunk = VisionLanguageTrunk(cfg.backbone, cfg.image_tokenizer, cfg.image_size, cfg.max_text_tokens)
+    if cfg.target == "latent":
+        objective = latent_objective(cfg, store, trunk, in_training, compute.device)
+    elif cfg.target == "action":
+        objective = action_objective(cfg, store, trunk, in_training, compute.device)
+    else:
+        raise ValueError(f"target is {cfg.target!r}, expected latent or action")
+    train_frames = np.flatnonzero(in_training & objective.is_usable)
+    held_out_frames = np.flatnonzero(np.isin(store.episode_of_frame(), held_out_episodes) & objective.is_usable)
+    if not len(train_frames) or not len(held_out_frames):
+        raise ValueError(
+            f"{len(train_frames)} frames to train on and {len(held_out_frames)} held out have a target: "
+            "use a larger data set or another holdout_fraction"
+        )
+    held_out_frames = np.random.default_rng(0).permutation(held_out_frames)[:MAX_EVALUATION_FRAMES]
+
+    output_dir, training = Path(cfg.output_dir), cfg.training
+    inputs = Inputs(store, cfg.max_text_tokens, compute.device)
+    if compute.compile:
+        trunk.compile()
+
+    def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, np.ndarray]:
+        frames = rng.choice(train_frames, training.batch_size)
+        return inputs.read(frames, cfg.random_shift_pixels, rng)
+
+    def held_out_numbers(frames: np.ndarray) -> dict[str, float]:
+        return evaluate(objective, inputs, frames, compute)
+
+    fit(
+        objective.model,
+        make_batch,
+        lambda batch: objective.loss(*batch),
+        training,
+        compute,
+        output_dir,
+        description=f"pretrain on {cfg.target}s",
+        evaluate=lambda: {f"held_out_{k}": v for k, v in held_out_numbers(held_out_frames[:NUM_CURVE_FRAMES]).items()},
+        evaluate_every_steps=CURVE_EVERY_LOGS * training.log_every_steps,
+    )
+    numbers = held_out_numbers(held_out_frames) | objective.baseline
+    write_json(
+        output_dir / "metrics.json",
+        {
+            "target": cfg.target,
+            "num_train_frames": len(train_frames),
+            "num_held_out_frames": len(held_out_frames),
+            "num_instructions_cut": count_longer(store.instructions, cfg.max_text_tokens),
+            "num_parameters": sum(p.numel() for p in objective.model.parameters()),
+            **numbers,
+        },
+    )
+    config = {
+        "target": cfg.target,
+        "backbone": asdict(cfg.backbone),
+        "image_tokenizer": cfg.image_tokenizer,
+        "image_size": cfg.image_size,
+        "max_text_tokens": cfg.max_text_tokens,
+        **objective.config,
+    }
+    save_model(output_dir, objective.model.state_dict(), config)
+    finish(output_dir)
+    return numbers
+
+
+class Inputs:
+    """Images and word ids of frames, on the device."""
+
+    def __init__(self, store: FrameStore, max_text_tokens: int, device: torch.device):
+        self.store, self.device = store, device
+        self.episode_of_frame = store.episode_of_frame()
+        self.words_EW = encode_text(store.instructions, max_text_tokens)
+
+    def read(
+        self, frames: np.ndarray, shift_pixels: int = 0, generator: np.random.Generator | None = None
+    ) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Images (B, 3, S, S) in [0, 1], words (B, W) and the frame indices themselves."""
+        pixels = self.store.frames[frames]
+        if generator is not None:
+            pixels = random_shift(pixels, shift_pixels, generator)
+        words_BW = self.words_EW[self.episode_of_frame[frames]]
+        return to_float(pixels, self.device), words_BW.to(self.device), frames
+
+
+@torch.no_grad()
+def evaluate(objective: Objective, inputs: Inputs, frames: np.ndarray, compute: Compute) -> dict[str, float]:
+    """Means over the frames of what `objective.evaluate` sums."""
+    sums: dict[str, float] = {}
+    for start in range(0, len(frames), EVALUATION_BATCH):
+        with compute.autocast():
+            batch_sums = objective.evaluate(*inputs.read(frames[start : start + EVALUATION_BATCH]))
+        for name, value in batch_sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {name: value / len(frames) for name, value in sums.items()}
+
+
+def latent_objective(
+    cfg: PretrainConfig, store: FrameStore, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
+) -> Objective:
+    """Latent action tokens, from the labels of this very data set."""
+    if cfg.labels is None:
+        raise ValueError("target=latent needs labels=<folder written by `lapa label`>")
+    labels = load_labels(cfg.labels, store)
+    if not labels.gate["passed"] and not cfg.ignore_gate:
+        raise ValueError(
+            f"the quantizer behind {cfg.labels} failed its gate ({'; '.join(map(str, labels.gate['reasons']))}): "
+            "train a better one, or set ignore_gate=true"
+        )
+    latent_NL = torch.from_numpy(labels.latent_action).to(device)
+    model = LatentActionModel(trunk, labels.code_length, labels.codebook_size)
+
+    def sums(images_BCHW: Tensor, words_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
+        target_BL = latent_NL[frames]
+        logits_BLK = model.latent_head.logits(model.hidden(images_BCHW, words_BW, target_BL[:, :-1])).float()
+        log_p_BLK = logits_BLK.log_softmax(-1)
+        hit_BL = logits_BLK.argmax(-1) == target_BL
+        greedy_BL = model.generate(images_BCHW, words_BW)
+        return {
+            "token_cross_entropy": -log_p_BLK.gather(-1, target_BL[..., None]).mean((1, 2)).sum(),
+            "token_accuracy": hit_BL.float().mean(1).sum(),
+            **{f"token_{i}_accuracy": hit_BL[:, i].sum() for i in range(labels.code_length)},
+            "joint_accuracy": (greedy_BL == target_BL).all(1).sum(),
+        }
+
+    return Objective(
+        model=model,
+        is_usable=labels.is_valid,
+        loss=lambda images, words, frames: model.loss(images, words, latent_NL[frames]),
+        evaluate=sums,
+        baseline=marginal_baseline(labels.latent_action[in_training & labels.is_valid], labels.codebook_size),
+        config={"code_length": labels.code_length, "codebook_size": labels.codebook_size},
+    )
+
+
+def marginal_baseline(latent_NL: np.ndarray, codebook_size: int) -> dict[str, float]:
+    """What the label frequencies alone give: entropy a token in nats, and the accuracy of the commonest."""
+    if not len(latent_NL):
+        raise ValueError("no frame to train on has a label: label this data set, or use a larger one")
+    share_LK = np.stack([np.bincount(column, minlength=codebook_size) for column in latent_NL.T]) / len(latent_NL)
+    entropy = -(share_LK * np.log(np.maximum(share_LK, 1e-12))).sum(1).mean()
+    _, counts = np.unique(latent_NL, axis=0, return_counts=True)
+    return {
+        "marginal_token_cross_entropy": float(entropy),
+        "marginal_token_accuracy": float(share_LK.max(1).mean()),
+        "marginal_joint_accuracy": float(counts.max() / len(latent_NL)),
+    }
+
+
+def action_objective(
+    cfg: PretrainConfig, store: FrameStore, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
+) -> Objective:
+    """Chunks of the data set's own actions, normalised by its mean and standard deviation."""
+    chunks, is_pad = action_chunks(store, cfg.chunk_size)
+    assert store.actions is not None
+    mean = store.actions[in_training].mean(0)
+    std = np.maximum(store.actions[in_training].std(0), 1e-6)
+    actions_NTA = torch.from_numpy(((chunks - mean) / std).astype(np.float32)).to(device)
+    is_pad_NT = torch.from_numpy(is_pad).to(device)
+    action_dim = store.actions.shape[1]
+    model = ActionModel(trunk, ChunkActionHead(trunk.width, cfg.chunk_size, action_dim))
+    spread = actions_NTA[torch.from_numpy(in_training).to(device), 0]
+
+    def loss(images: Tensor, words: Tensor, frames: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_B, numbers = model.loss(images, words, actions_NTA[frames], is_pad_NT[frames])
+        return loss_B.mean(), numbers
+
+    def sums(images: Tensor, words: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
+        predicted_BTA, true_BTA = model.decode(images, words), actions_NTA[frames]
+        loss_B, _ = model.loss(images, words, true_BTA, is_pad_NT[frames])
+        error_B = (predicted_BTA[:, 0] - true_BTA[:, 0]).square().mean(-1)
+        return {
+            "action_l1": loss_B.sum(),
+            "first_action_mse": error_B.sum(),
+            "first_action_cosine": torch.cosine_similarity(predicted_BTA[:, 0], true_BTA[:, 0], dim=-1).sum(),
+        }
+
+    return Objective(
+        model=model,
+        is_usable=np.ones(store.num_frames, bool),
+        loss=loss,
+        evaluate=sums,
+        baseline={"marginal_first_action_mse": float(spread.var(0, correction=0).mean())},
+        config={
+            "chunk_size": cfg.chunk_size,
+            "action_dim": action_dim,
+            "action_mean": mean.tolist(),
+            "action_std": std.tolist(),
+        },
+    )

@@ -1,0 +1,1 @@
+"""LAPA as a first-class LeRobot policy."""

@@ -1,0 +1,87 @@
+"""The LAPA policy's configuration, in LeRobot's terms."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+
+from lapa.schema import DenseBackbone, FinetuneConfig
+
+DEFAULTS = FinetuneConfig()
+
+
+@PreTrainedConfig.register_subclass("lapa")
+@dataclass
+class LapaConfig(PreTrainedConfig):
+    """Image and instruction to a chunk of actions (arXiv 2410.11758).
+
+    backbone: the fields of one of `lapa.schema`'s backbones, `name` among them.
+    action_head: chunk (continuous) or bins (quantile bins).
+    n_action_steps: actions of a chunk that are executed before the policy looks again.
+    """
+
+    n_obs_steps: int = 1
+    chunk_size: int = DEFAULTS.chunk_size
+    n_action_steps: int = DEFAULTS.num_action_steps
+
+    image_size: int = DEFAULTS.image_size
+    image_tokenizer: str = DEFAULTS.image_tokenizer
+    max_text_tokens: int = DEFAULTS.max_text_tokens
+    backbone: dict[str, Any] = field(default_factory=lambda: asdict(DenseBackbone()))
+    action_head: str = DEFAULTS.action_head
+    num_bins: int = DEFAULTS.num_bins
+
+    # Images reach the model in [0, 1]; its own first layer centres them.
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.IDENTITY,
+            "ACTION": NormalizationMode.MEAN_STD,
+        }
+    )
+
+    optimizer_lr: float = DEFAULTS.training.learning_rate
+    optimizer_weight_decay: float = DEFAULTS.training.weight_decay
+    scheduler_warmup_steps: int = DEFAULTS.training.warmup_steps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise ValueError(
+                f"n_action_steps is {self.n_action_steps}, expected 1 to chunk_size, which is {self.chunk_size}"
+            )
+        if self.n_obs_steps != 1:
+            raise ValueError(f"n_obs_steps is {self.n_obs_steps}: this policy sees one frame, set it to 1")
+
+    def validate_features(self) -> None:
+        if not self.image_features:
+            raise ValueError(
+                f"this policy needs an image among its inputs, got {sorted(self.input_features or {})}: "
+                "record observation.images.* or map a camera with rename_map"
+            )
+        if self.action_feature is None:
+            raise ValueError(f"this policy needs the output `action`, got {sorted(self.output_features or {})}")
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        return AdamWConfig(lr=self.optimizer_lr, weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0)
+
+    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
+        return CosineDecayWithWarmupSchedulerConfig(
+            num_warmup_steps=self.scheduler_warmup_steps,
+            num_decay_steps=DEFAULTS.training.num_steps,
+            peak_lr=self.optimizer_lr,
+            decay_lr=self.optimizer_lr * DEFAULTS.training.final_learning_rate_ratio,
+        )
+
+    @property
+    def observation_delta_indices(self) -> None:
+        return None
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None

@@ -1,0 +1,110 @@
+"""The LAPA policy: image and instruction to action chunks, behind LeRobot's policy interface.
+
+Shapes: B batch, C channels, H W pixels, T chunk size, A action dimensions.
+"""
+
+from collections import deque
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION
+from torch import Tensor
+
+from lapa import schema
+from lapa.latent_vla.heads import build_action_head
+from lapa.latent_vla.model import ActionModel, VisionLanguageTrunk
+from lapa.latent_vla.text import encode_text
+from lapa.trainer import parameter_groups
+from policies.lapa.configuration_lapa import LapaConfig
+
+P = TypeVar("P", bound="LapaPolicy")
+
+
+class LapaPolicy(PreTrainedPolicy):
+    """Latent action pretraining's policy (arXiv 2410.11758).
+
+    A batch holds images (B, C, H, W) in [0, 1] under the configured key, `task`: B strings, and in training
+    `action` (B, T, A), normalised, with `action_is_pad` (B, T).
+    """
+
+    config_class = LapaConfig
+    name = "lapa"
+    _fsdp_wrap_modules = ["Block"]
+
+    def __init__(self, config: LapaConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any):
+        super().__init__(config)
+        config.validate_features()
+        assert config.action_feature is not None
+        self.config: LapaConfig = config
+        backbone = schema.from_dict("backbone", config.backbone)
+        trunk = VisionLanguageTrunk(backbone, config.image_tokenizer, config.image_size, config.max_text_tokens)
+        head = build_action_head(
+            config.action_head, trunk.width, config.chunk_size, config.action_feature.shape[0], config.num_bins
+        )
+        self.model = ActionModel(trunk, head)
+        self.reset()
+
+    @classmethod
+    def from_pretrained(cls: type[P], pretrained_name_or_path, *, strict: bool = True, **kwargs: Any) -> P:
+        """Load a policy folder; weights that do not fit are an error, as half-loaded ones act at random."""
+        return super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
+
+    def get_optim_params(self) -> list[dict]:
+        return parameter_groups(self, self.config.optimizer_weight_decay)
+
+    def reset(self) -> None:
+        """Forget the rest of the chunk: call it when an episode begins."""
+        self._action_queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+
+    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+        """Loss, a scalar or with reduction="none" one a sample (B,), and numbers to log."""
+        images_BCHW, words_BW = self._inputs(batch)
+        actions_BTA = batch[ACTION]
+        is_pad_BT = batch.get("action_is_pad")
+        if is_pad_BT is None:
+            is_pad_BT = torch.zeros(actions_BTA.shape[:2], dtype=torch.bool, device=actions_BTA.device)
+        loss_B, numbers = self.model.loss(images_BCHW, words_BW, actions_BTA, is_pad_BT)
+        to_log = {name: float(value) for name, value in numbers.items()}
+        if reduction == "none":
+            return loss_B, to_log
+        return loss_B.mean(), to_log
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """Normalised actions (B, T, A); the postprocessor brings them to metres or radians."""
+        self.eval()
+        return self.model.decode(*self._inputs(batch))
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """The next normalised action (B, A), from a new chunk whenever n_action_steps of the last are used up."""
+        if not self._action_queue:
+            chunk_BTA = self.predict_action_chunk(batch, **kwargs)
+            self._action_queue.extend(chunk_BTA[:, : self.config.n_action_steps].transpose(0, 1))
+        return self._action_queue.popleft()
+
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        return {
+            "target_modules": r"model\.trunk\.backbone\..*\.(query_key_value|output|gate_up|down)",
+            "modules_to_save": ["action_head"],
+        }
+
+    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) of the model's size, and word ids (B, W)."""
+        key = next(iter(self.config.image_features))
+        if key not in batch:
+            raise ValueError(f"the batch has no {key!r}, only {sorted(batch)}: map the camera with rename_map")
+        images_BCHW = batch[key]
+        if images_BCHW.ndim != 4:
+            raise ValueError(f"{key} is {tuple(images_BCHW.shape)}, expected (B, C, H, W): use the preprocessor")
+        tasks = batch.get("task")
+        if tasks is None:
+            raise ValueError("the batch has no `task`: this policy needs the instruction, one string a sample")
+        if isinstance(tasks, str):
+            tasks = [tasks] * len(images_BCHW)
+        size = (self.config.image_size, self.config.image_size)
+        if images_BCHW.shape[-2:] != size:
+            images_BCHW = F.interpolate(images_BCHW, size, mode="bilinear", antialias=True)
+        return images_BCHW, encode_text(tasks, self.config.max_text_tokens).to(images_BCHW.device)

@@ -1,0 +1,156 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lapa.data import FramePairs, read_store, to_float
+from lapa.quantizer import label, train_quantizer
+from lapa.quantizer.base import load_quantizer
+from lapa.quantizer.evaluation import check_gate, require_gate
+from lapa.quantizer.label import load_labels
+from lapa.schema import (
+    ConvolutionalQuantizer,
+    FSQCodebook,
+    LabelConfig,
+    PairData,
+    QuantizerGate,
+    Runtime,
+    TrainQuantizerConfig,
+    Training,
+)
+
+CPU = Runtime(device="cpu", dtype="float32", num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def trained(moving_discs, tmp_path_factory):
+    """A quantizer trained for a few steps, its folder and what the stage returned."""
+    folder = tmp_path_factory.mktemp("quantizer")
+    config = TrainQuantizerConfig(
+        output_dir=str(folder),
+        data=PairData(path=str(moving_discs), frame_gap_s=0.2, holdout_fraction=0.25),
+        model=ConvolutionalQuantizer(image_size=32, width=8, latent_dim=8, num_keypoints=8),
+        codebook=FSQCodebook(code_length=2, codebook_size=4),
+        training=Training(num_steps=60, batch_size=16, checkpoint_every_steps=50, tensorboard=False),
+        runtime=CPU,
+    )
+    return folder, train_quantizer.run(config), config
+
+
+@pytest.fixture(scope="module")
+def labelled(trained, moving_discs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labels")
+    config = LabelConfig(quantizer=str(trained[0]), data=str(moving_discs), output_dir=str(folder), batch_size=7, runtime=CPU)
+    return folder, label.run(config), config
+
+
+def test_training_writes_a_complete_folder(trained):
+    folder, result, _ = trained
+    config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
+    assert config["frame_gap_frames"] == 2 and config["frame_gap_s"] == pytest.approx(0.2)
+    assert config["image_size"] == 32 and config["fps"] == 10
+    assert {"linear_probe_r2", "delta_psnr_db", "perplexity_ratio", "present_frame_probe_r2"} <= metrics.keys()
+    assert metrics["gate"] == {"passed": result["gate_passed"], "reasons": metrics["gate"]["reasons"]}
+    for name in ("gallery", "reconstructions", "usage", "arrows"):
+        assert (folder / "images" / f"{name}.png").stat().st_size > 1000
+    assert not (folder / "checkpoint").exists()
+
+
+def test_training_again_gives_the_same_weights(trained, tmp_path):
+    folder, _, config = trained
+    train_quantizer.run(replace(config, output_dir=str(tmp_path)))
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_pairs_never_cross_clips(moving_discs):
+    store = read_store(moving_discs)
+    pairs = FramePairs(store, 3, np.array([0, 4]))
+    episode = store.episode_of_frame()
+    assert set(episode[pairs.first_frames]) == {0, 4}
+    assert (episode[pairs.first_frames] == episode[pairs.first_frames + 3]).all()
+    assert len(pairs) == 2 * (8 - 3)
+
+
+def test_labels_belong_to_the_frame_that_starts_the_pair(trained, labelled, moving_discs):
+    store = read_store(moving_discs)
+    labels = load_labels(labelled[0], store)
+    assert labels.latent_action.shape == (store.num_frames, 2) and labels.is_valid.shape == (store.num_frames,)
+    assert (labels.is_valid == (store.steps_left() >= 2)).all()
+    assert labels.frame_gap_frames == 2 and (labels.code_length, labels.codebook_size) == (2, 4)
+    model = load_quantizer(trained[0])
+    for frame in (0, 5, 8, 37):
+        with torch.no_grad():
+            codes, _ = model.encode(to_float(store.frames[[[frame, frame + 2]]]))
+        assert (labels.latent_action[frame] == codes[0].numpy()).all()
+
+
+def test_labelling_twice_gives_the_same_file(labelled, tmp_path):
+    folder, result, config = labelled
+    assert label.run(replace(config, output_dir=str(tmp_path))) == result
+    for name in ("labels.safetensors", "labels.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_labels_of_other_data_are_refused(labelled, other_discs, tmp_path):
+    with pytest.raises(ValueError, match="run `lapa label` on these data"):
+        load_labels(labelled[0], read_store(other_discs))
+    with pytest.raises(ValueError, match="written by `lapa label`"):
+        load_labels(tmp_path, read_store(other_discs))
+
+
+def test_probe_data_must_hold_the_same_episodes(trained, other_discs, tmp_path):
+    config = replace(trained[2], output_dir=str(tmp_path), probe_data=str(other_discs))
+    with pytest.raises(ValueError, match="expected the same episodes with actions"):
+        train_quantizer.run(config)
+
+
+GOOD = {
+    "perplexity": 40.0,
+    "perplexity_ratio": 0.6,
+    "vocabulary_utilisation": 1.0,
+    "delta_psnr_db": 2.0,
+    "psnr_db": 30.0,
+    "copy_psnr_db": 25.0,
+    "psnr_over_copy_db": 5.0,
+    "linear_probe_r2": 0.8,
+    "present_frame_probe_r2": 0.1,
+}
+
+
+def test_gate_passes_a_good_quantizer():
+    assert check_gate(GOOD, QuantizerGate()) == {"passed": True, "reasons": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"perplexity": 1.0, "perplexity_ratio": 1 / 64, "vocabulary_utilisation": 1 / 8}, "collapsed"),
+        ({"vocabulary_utilisation": 0.5}, "50% of the codes"),
+        ({"delta_psnr_db": -0.1}, "ignores the latent action"),
+        ({"psnr_over_copy_db": -1.0}, "no better than repeating the first frame"),
+        ({"linear_probe_r2": 0.05}, "first frame alone"),
+    ],
+)
+def test_gate_refuses_and_says_why(change, reason):
+    gate = check_gate(GOOD | change, QuantizerGate())
+    assert not gate["passed"] and any(reason in line for line in gate["reasons"])
+    with pytest.raises(ValueError, match=reason):
+        require_gate(gate, "a folder")
+
+
+def test_a_quantizer_that_ignores_its_input_fails_the_gate(trained, moving_discs):
+    """One code for everything, measured end to end."""
+    from lapa.quantizer.evaluation import evaluate
+    from lapa.runtime import setup
+
+    model = load_quantizer(trained[0])
+    for parameter in model.inverse_model.parameters():
+        parameter.data.zero_()
+    store = read_store(moving_discs)
+    train, held_out = FramePairs(store, 2, np.arange(9)), FramePairs(store, 2, np.arange(9, 12))
+    metrics, _ = evaluate(model, train, held_out, 64, 0, setup(CPU))
+    gate = check_gate(metrics, QuantizerGate())
+    assert metrics["codes_in_use"] == 1 and not gate["passed"]
+    assert any("of the codes of a token" in reason for reason in gate["reasons"])

@@ -1,0 +1,118 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lapa.checkpoint import MODEL_FILE
+from lapa.runtime import setup
+from lapa.schema import Runtime, Training
+from lapa.trainer import fit, learning_rate_factor, read_log, update_average
+
+# A model with dropout and batch norm: its weights depend on the random state and on buffers as well.
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import torch
+from torch import nn
+from lapa.checkpoint import save_model
+from lapa.runtime import setup
+from lapa.schema import Runtime, Training
+from lapa.trainer import finish, fit
+
+folder, pause_s = Path(sys.argv[1]), float(sys.argv[2])
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+def make_batch(generator):
+    time.sleep(pause_s)
+    return torch.from_numpy(generator.normal(size=(8, 4)).astype("float32"))
+
+def loss_function(x):
+    return (model(x) - x.sum(1, keepdim=True)).square().mean(), {}
+
+training = Training(num_steps=60, checkpoint_every_steps=7, log_every_steps=5, ema_decay=0.9, warmup_steps=5, tensorboard=False)
+fit(model, make_batch, loss_function, training, setup(Runtime(device="cpu", dtype="float32", num_threads=1)), folder)
+save_model(folder, model.state_dict(), {})
+finish(folder)
+"""
+
+
+def command(folder, pause_s: float) -> list[str]:
+    return [sys.executable, "-c", SCRIPT, str(folder), str(pause_s)]
+
+
+def test_a_run_killed_at_a_checkpoint_and_resumed_ends_with_the_same_bytes(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole, 0.0), check=True, capture_output=True)
+
+    process = subprocess.Popen(command(killed, 0.1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    step_file = killed / "checkpoint" / "step.json"
+    deadline = time.monotonic() + 120
+    while not step_file.is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < json.loads(step_file.read_text())["step"] < 60 and not (killed / MODEL_FILE).exists()
+
+    subprocess.run(command(killed, 0.0), check=True, capture_output=True)
+    assert (killed / MODEL_FILE).read_bytes() == (whole / MODEL_FILE).read_bytes()
+    assert not (killed / "checkpoint").exists()
+
+    def without_speed(folder):
+        return [{k: v for k, v in row.items() if k != "steps_per_s"} for row in read_log(folder / "log.jsonl")]
+
+    assert without_speed(killed) == without_speed(whole)
+
+
+def toy(tmp_path, target=0.0, **training):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    compute = setup(Runtime(device="cpu", dtype="float32", num_threads=1))
+
+    def make_batch(generator: np.random.Generator):
+        return torch.from_numpy(generator.normal(size=(16, 2)).astype(np.float32))
+
+    def loss_function(x):
+        return (model(x) - x.sum(1, keepdim=True) + target).square().mean(), {"mean": x.mean()}
+
+    options = {"num_steps": 150, "learning_rate": 0.05, "tensorboard": False, "warmup_steps": 5} | training
+    return model, fit(model, make_batch, loss_function, Training(**options), compute, tmp_path)
+
+
+def test_training_lowers_the_loss_and_logs_it(tmp_path):
+    _, numbers = toy(tmp_path)
+    rows = list(read_log(tmp_path / "log.jsonl"))
+    assert numbers["loss"] < 0.01 < rows[0]["loss"]
+    assert rows[-1]["step"] == 150 and {"mean", "learning_rate", "gradient_norm"} <= rows[-1].keys()
+
+
+def test_the_moving_average_ends_near_the_weights(tmp_path):
+    model, _ = toy(tmp_path, ema_decay=0.9)
+    torch.testing.assert_close(model.weight, torch.ones(1, 2), atol=0.1, rtol=0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"nan at step 0.*learning_rate"):
+        toy(tmp_path, target=float("nan"))
+
+
+def test_learning_rate_warms_up_and_decays():
+    training = Training(num_steps=100, warmup_steps=10, final_learning_rate_ratio=0.1)
+    factors = [learning_rate_factor(step, training) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == factors[10] == pytest.approx(1.0)
+    assert factors[-1] == pytest.approx(0.1, abs=0.01) and factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_the_average_follows_floats_and_copies_counters():
+    model = torch.nn.BatchNorm1d(2)
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(torch.randn(8, 2))
+    update_average(average, model, decay=0.5, step=100)
+    assert average["num_batches_tracked"] == 1
+    torch.testing.assert_close(average["running_mean"], model.running_mean / 2)
