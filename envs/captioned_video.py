@@ -44,6 +44,8 @@ def write_captioned_video(path: Path, frames: list[np.ndarray], caption: str) ->
     pictures = [captioned(frame, lines) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
+    # x264 prints its statistics through libav's own log, past Python's.
+    av.logging.set_libav_level(av.logging.ERROR)
     with av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=CONTROL_HZ)
         stream.height, stream.width = pictures[0].shape[:2]

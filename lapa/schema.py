@@ -96,7 +96,7 @@ class ConvolutionalQuantizer(QuantizerModel):
     name: str = "convolutional"
     width: int = 32
     num_keypoints: int = 32
-    num_motions: int = 2  # motions of pixels a latent action can ask for at once
+    num_motions: int = 1  # motions of pixels a latent action can ask for at once
     motion_radius: float = 0.2  # farthest motion, as a share of the image
 
 

@@ -4,54 +4,46 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-from lapa.checkpoint import MODEL_FILE
-from lapa.runtime import setup
-from lapa.schema import Runtime, Training
-from lapa.trainer import fit, learning_rate_factor, read_log, update_average
-
-# A model with dropout and batch norm: its weights depend on the random state and on buffers as well.
-SCRIPT = """
-import sys, time
-from pathlib import Path
-import torch
 from torch import nn
-from lapa.checkpoint import save_model
+
+from lapa.checkpoint import MODEL_FILE, save_model
 from lapa.runtime import setup
 from lapa.schema import Runtime, Training
-from lapa.trainer import finish, fit
+from lapa.trainer import finish, fit, learning_rate_factor, read_log, update_average
 
-folder, pause_s = Path(sys.argv[1]), float(sys.argv[2])
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(0.2), nn.Linear(16, 1))
-
-def make_batch(generator):
-    time.sleep(pause_s)
-    return torch.from_numpy(generator.normal(size=(8, 4)).astype("float32"))
-
-def loss_function(x):
-    return (model(x) - x.sum(1, keepdim=True)).square().mean(), {}
-
-training = Training(num_steps=60, checkpoint_every_steps=7, log_every_steps=5, ema_decay=0.9, warmup_steps=5, tensorboard=False)
-fit(model, make_batch, loss_function, training, setup(Runtime(device="cpu", dtype="float32", num_threads=1)), folder)
-save_model(folder, model.state_dict(), {})
-finish(folder)
-"""
+CPU = Runtime(device="cpu", dtype="float32", num_threads=1)
 
 
-def command(folder, pause_s: float) -> list[str]:
-    return [sys.executable, "-c", SCRIPT, str(folder), str(pause_s)]
+def train(folder: Path, pause_s: float = 0.0) -> None:
+    """Sixty steps of a model whose weights depend on the random state (dropout) and on buffers (batch norm)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+    def make_batch(generator: np.random.Generator):
+        time.sleep(pause_s)
+        return torch.from_numpy(generator.normal(size=(8, 4)).astype(np.float32))
+
+    def loss_function(x):
+        return (model(x) - x.sum(1, keepdim=True)).square().mean(), {}
+
+    training = Training(
+        num_steps=60, checkpoint_every_steps=7, log_every_steps=5, ema_decay=0.9, warmup_steps=5, tensorboard=False
+    )
+    fit(model, make_batch, loss_function, training, setup(CPU), folder)
+    save_model(folder, model.state_dict(), {})
+    finish(folder)
 
 
 def test_a_run_killed_at_a_checkpoint_and_resumed_ends_with_the_same_bytes(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole, 0.0), check=True, capture_output=True)
+    train(whole)
 
-    process = subprocess.Popen(command(killed, 0.1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, __file__, str(killed)])
     step_file = killed / "checkpoint" / "step.json"
     deadline = time.monotonic() + 120
     while not step_file.is_file() and time.monotonic() < deadline:
@@ -60,7 +52,7 @@ def test_a_run_killed_at_a_checkpoint_and_resumed_ends_with_the_same_bytes(tmp_p
     assert process.wait() == -signal.SIGKILL
     assert 0 < json.loads(step_file.read_text())["step"] < 60 and not (killed / MODEL_FILE).exists()
 
-    subprocess.run(command(killed, 0.0), check=True, capture_output=True)
+    train(killed)
     assert (killed / MODEL_FILE).read_bytes() == (whole / MODEL_FILE).read_bytes()
     assert not (killed / "checkpoint").exists()
 
@@ -72,8 +64,8 @@ def test_a_run_killed_at_a_checkpoint_and_resumed_ends_with_the_same_bytes(tmp_p
 
 def toy(tmp_path, target=0.0, **training):
     torch.manual_seed(0)
-    model = torch.nn.Linear(2, 1)
-    compute = setup(Runtime(device="cpu", dtype="float32", num_threads=1))
+    model = nn.Linear(2, 1)
+    compute = setup(CPU)
 
     def make_batch(generator: np.random.Generator):
         return torch.from_numpy(generator.normal(size=(16, 2)).astype(np.float32))
@@ -110,9 +102,13 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_the_average_follows_floats_and_copies_counters():
-    model = torch.nn.BatchNorm1d(2)
+    model = nn.BatchNorm1d(2)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model(torch.randn(8, 2))
     update_average(average, model, decay=0.5, step=100)
     assert average["num_batches_tracked"] == 1
     torch.testing.assert_close(average["running_mean"], model.running_mean / 2)
+
+
+if __name__ == "__main__":  # the process that the first test kills
+    train(Path(sys.argv[1]), pause_s=0.1)

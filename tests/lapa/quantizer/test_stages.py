@@ -42,7 +42,9 @@ def trained(moving_discs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def labelled(trained, moving_discs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("labels")
-    config = LabelConfig(quantizer=str(trained[0]), data=str(moving_discs), output_dir=str(folder), batch_size=7, runtime=CPU)
+    config = LabelConfig(
+        quantizer=str(trained[0]), data=str(moving_discs), output_dir=str(folder), batch_size=7, runtime=CPU
+    )
     return folder, label.run(config), config
 
 
