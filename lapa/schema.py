@@ -94,7 +94,7 @@ class ConvolutionalQuantizer(QuantizerModel):
     """Inverse model and U-Net forward model for small compute."""
 
     name: str = "convolutional"
-    width: int = 32
+    width: int = 24
     num_keypoints: int = 32
     num_motions: int = 1  # motions of pixels a latent action can ask for at once
     motion_radius: float = 0.2  # farthest motion, as a share of the image
@@ -174,7 +174,9 @@ class TrainQuantizerConfig:
     num_eval_pairs: int = 2048
     probe_data: str | None = None  # the same episodes with actions, for the probes only; default: data.path if it has them
     gate: QuantizerGate = field(default_factory=QuantizerGate)
-    training: Training = field(default_factory=lambda: Training(num_steps=1200, checkpoint_every_steps=200))
+    training: Training = field(
+        default_factory=lambda: Training(num_steps=600, batch_size=32, learning_rate=2e-3, checkpoint_every_steps=200)
+    )
     runtime: Runtime = field(default_factory=Runtime)
 
 
@@ -248,6 +250,7 @@ class FinetuneConfig:
     chunk_size: int = 4
     num_action_steps: int = 2  # of a chunk, before the policy looks again
     num_episodes: int | None = None  # the first n episodes only; null: all
+    pretrained_learning_rate_ratio: float = 0.02  # pretrained weights learn slower; a few demos would wreck them
     cache_dir: str | None = None
     training: Training = field(default_factory=lambda: Training(num_steps=400))
     runtime: Runtime = field(default_factory=Runtime)

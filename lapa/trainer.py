@@ -7,7 +7,7 @@ was killed and resumed ends with the same weights, bit for bit on CPU.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lapa.checkpoint import load_training_state, remove_training_state, save_tra
 from lapa.runtime import Compute
 from lapa.schema import Training
 
-LossFunction = Callable[[Any], tuple[Tensor, dict[str, float | Tensor]]]
+LossFunction = Callable[[Any], tuple[Tensor, Mapping[str, float | Tensor]]]
 
 
 def learning_rate_factor(step: int, training: Training) -> float:
@@ -32,12 +32,26 @@ def learning_rate_factor(step: int, training: Training) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay matrices and kernels, not biases, gains or other vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, learning_rate_ratios: dict[str, float] | None = None
+) -> list[dict]:
+    """Decay matrices and kernels, not biases, gains or other vectors.
+
+    learning_rate_ratios: prefixes of parameter names that learn slower (or faster) than the rest, by this
+    factor; each group says its own under `learning_rate_ratio`. ValueError for a prefix that nothing has.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    ratios = learning_rate_ratios or {}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for prefix in ratios:
+        if not any(name.startswith(prefix) for name, _ in named):
+            raise ValueError(f"no trained parameter is called {prefix}*: known are {[name for name, _ in named]}")
+    for name, parameter in named:
+        ratio = next((ratio for prefix, ratio in ratios.items() if name.startswith(prefix)), 1.0)
+        groups.setdefault((parameter.ndim >= 2, ratio), []).append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "learning_rate_ratio": ratio}
+        for (decays, ratio), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 
@@ -51,6 +65,7 @@ def fit(
     description: str = "train",
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every_steps: int = 0,
+    learning_rate_ratios: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """Train `model` in place, resuming from `output_dir` if a state lies there.
 
@@ -58,13 +73,14 @@ def fit(
         make_batch: batch for a generator seeded by (seed, step); on the device already or not, as the loss likes.
         loss_function: batch -> (scalar loss, numbers to log); called under autocast.
         evaluate: numbers on held-out data, logged every `evaluate_every_steps` and not used for anything else.
+        learning_rate_ratios: see `parameter_groups`.
 
     Returns the last logged numbers. With `ema_decay`, the model ends as the moving average of its weights.
     """
     model.to(compute.device).train()
     fused = compute.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, training.weight_decay),
+        parameter_groups(model, training.weight_decay, learning_rate_ratios),
         lr=training.learning_rate,
         betas=(training.beta1, training.beta2),
         fused=fused,
@@ -89,7 +105,7 @@ def fit(
         for step in progress:
             factor = learning_rate_factor(step, training)
             for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * factor
+                group["lr"] = training.learning_rate * factor * group["learning_rate_ratio"]
             batch = make_batch(np.random.default_rng([training.seed, step]))
             with compute.autocast():
                 loss, to_log = loss_function(batch)

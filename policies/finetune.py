@@ -7,7 +7,6 @@ Writes the policy folder (config.json, model.safetensors, policy_preprocessor.js
 and their state), log.jsonl and metrics.json.
 """
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lapa.checkpoint import MODEL_FILE, load_config, read_json, write_json
-from lapa.data import FrameStore, action_chunks, open_frames, to_float
+from lapa.data import action_chunks, open_frames, to_float
 from lapa.latent_vla.heads import BinnedActionHead
 from lapa.latent_vla.text import count_longer
 from lapa.latent_vla.vision import random_shift
@@ -97,7 +96,17 @@ def run(cfg: FinetuneConfig) -> dict:
     if compute.compile:
         policy.model.trunk.compile()
     output_dir = Path(cfg.output_dir)
-    numbers = fit(policy, make_batch, policy.forward, cfg.training, compute, output_dir, description="finetune")
+    inherited = (["model.trunk."] if pretrained else []) + (["model.action_head."] if keeps_head else [])
+    numbers = fit(
+        policy,
+        make_batch,
+        lambda batch: policy(batch),
+        cfg.training,
+        compute,
+        output_dir,
+        description="finetune",
+        learning_rate_ratios=dict.fromkeys(inherited, cfg.pretrained_learning_rate_ratio),
+    )
     write_json(
         output_dir / "metrics.json",
         {
@@ -138,7 +147,12 @@ def load_pretrained(policy: LapaPolicy, folder: Path, pretrained: dict) -> bool:
     action_feature = policy.config.action_feature
     assert action_feature is not None
     wanted = ("action", "chunk", policy.config.chunk_size, action_feature.shape[0])
-    offered = (pretrained["target"], policy.config.action_head, pretrained.get("chunk_size"), pretrained.get("action_dim"))
+    offered = (
+        pretrained["target"],
+        policy.config.action_head,
+        pretrained.get("chunk_size"),
+        pretrained.get("action_dim"),
+    )
     if wanted != offered:
         return False
     policy.model.action_head.load_state_dict(part("action_head"))
@@ -153,5 +167,5 @@ def save_policy(folder: Path, policy: LapaPolicy, preprocessor, postprocessor) -
     preprocessor.save_pretrained(temporary)
     postprocessor.save_pretrained(temporary)
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, folder / file.name)
+        file.replace(folder / file.name)
     temporary.rmdir()

@@ -29,13 +29,12 @@ class Attention(nn.Module):
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in self.query_key_value(x_BSD).chunk(3, dim=-1)
         )
-        q_BNSH, k_BNSH = self.query_norm(q_BNSH), self.key_norm(k_BNSH)
         # On CPU the fused attention has a bfloat16 backward pass several times slower than its float32 one.
         dtype = torch.float32 if x_BSD.device.type == "cpu" else v_BNSH.dtype
         with torch.autocast(x_BSD.device.type, enabled=False):
-            out_BNSH = F.scaled_dot_product_attention(
-                q_BNSH.to(dtype), k_BNSH.to(dtype), v_BNSH.to(dtype), attn_mask=mask_B1SS
-            )
+            q_BNSH = self.query_norm(q_BNSH.float()).to(dtype)
+            k_BNSH = self.key_norm(k_BNSH.float()).to(dtype)
+            out_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH.to(dtype), attn_mask=mask_B1SS)
         return self.output(out_BNSH.transpose(1, 2).flatten(2))
 
 

@@ -10,11 +10,12 @@ Shapes: B batch, W words, I image tokens, L action tokens, S = W + I + L, D widt
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapa import schema
 from lapa.backbones.base import IMAGE, LATENT_ACTION, ROBOT_ACTION, TEXT, build_backbone
-from lapa.latent_vla.heads import LatentHead
+from lapa.latent_vla.heads import ActionHead, LatentHead
 from lapa.latent_vla.text import PADDING_ID, TEXT_VOCABULARY
 from lapa.latent_vla.vision import build_image_tokenizer
 
@@ -65,7 +66,7 @@ class VisionLanguageTrunk(nn.Module):
         num_words, num_actions = words_BW.shape[1], action_BLD.shape[1]
         is_word_BW = words_BW != PADDING_ID
         words_BWD = self.word_embedding(words_BW)
-        instruction_BD = words_BWD.sum(1) / is_word_BW.sum(1, keepdim=True).clamp(min=1)
+        instruction_BD = F.rms_norm(words_BWD.sum(1), (self.width,))
         image_BID = self.image_tokenizer(images_BCHW, instruction_BD)
         words_BWD = words_BWD + self.word_position[:num_words]
         num_image = image_BID.shape[1]
@@ -108,7 +109,7 @@ class LatentActionModel(nn.Module):
 class ActionModel(nn.Module):
     """Trunk and action head: what finetuning trains and a policy runs."""
 
-    def __init__(self, trunk: VisionLanguageTrunk, action_head: nn.Module):
+    def __init__(self, trunk: VisionLanguageTrunk, action_head: ActionHead):
         super().__init__()
         self.trunk = trunk
         self.action_head = action_head

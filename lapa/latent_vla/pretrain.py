@@ -163,6 +163,12 @@ def latent_objective(
             f"the quantizer behind {cfg.labels} failed its gate ({'; '.join(map(str, labels.gate['reasons']))}): "
             "train a better one, or set ignore_gate=true"
         )
+    largest = int(labels.latent_action.max())
+    if largest >= labels.codebook_size:
+        raise ValueError(
+            f"codebook_size is {labels.codebook_size}, the labels in {cfg.labels} use code {largest}: "
+            "run `lapa label` again"
+        )
     latent_NL = torch.from_numpy(labels.latent_action).to(device)
     model = LatentActionModel(trunk, labels.code_length, labels.codebook_size)
 

@@ -85,6 +85,8 @@ class KeypointTokenizer(nn.Module):
         self.image_size, self.num_tokens = image_size, NUM_KEYPOINTS
         self.stem = ConvolutionalStem(channels, num_blocks=2, instruction_width=width)
         self.maps = nn.Conv2d(channels, NUM_KEYPOINTS, 1)
+        # Sharp maps from the start: nearly uniform ones all look at the centre and learn nothing for long.
+        nn.init.normal_(self.maps.weight, std=6 * channels**-0.5)
         self.register_buffer("xy_P2", cell_centres(image_size // FEATURE_STRIDE), persistent=False)
         self.position = nn.Linear(2, width)
         nn.init.normal_(self.position.weight)
@@ -138,6 +140,4 @@ def random_shift(frames: np.ndarray, pixels: int, generator: np.random.Generator
     height, width = frames.shape[1:3]
     padded = np.pad(frames, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
     tops, lefts = generator.integers(0, 2 * pixels + 1, (2, len(frames)))
-    return np.stack(
-        [image[y : y + height, x : x + width] for image, y, x in zip(padded, tops, lefts, strict=True)]
-    )
+    return np.stack([image[y : y + height, x : x + width] for image, y, x in zip(padded, tops, lefts, strict=True)])

@@ -6,8 +6,6 @@ Both normalise the latents over the batch before quantising. Without that the la
 scale suits the loss early on, one code is nearest to all of them, and the codebook never recovers.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,33 +13,35 @@ from vector_quantize_pytorch import FSQ
 
 from lapa.schema import Codebook, FSQCodebook, NSVQCodebook
 
+OUT_OF_REACH = 1e6  # finite, since the moving average of weights subtracts thresholds
+
 
 class NSVQ(nn.Module):
     """Noise substitution in vector quantisation (Vali and Baeckstroem 2022), as in LAPA but without collapse.
 
     Training replaces the quantisation error by random noise of the same length, z + |z - e| n / |n|, which
-    carries gradients to latents and codes alike; inference returns the nearest code. All tokens share the
-    K codes. Every `replace_every_steps`, codes used less than `discard_threshold` of the uniform share since
-    the last replacement move to latents drawn from the batch.
+    carries gradients to latents and codes alike; inference returns the nearest code. Each of the L tokens has
+    its own K codes. Every `replace_every_steps`, codes that took less than `discard_threshold` of the uniform
+    share of the latents since the last replacement move to latents drawn from the batch.
     """
 
     def __init__(self, config: NSVQCodebook, latent_dim: int):
         super().__init__()
         self.config = config
-        self.norm = nn.BatchNorm1d(config.code_length * latent_dim, affine=False)
-        self.codes_KD = nn.Parameter(torch.randn(config.codebook_size, latent_dim))
-        self.usage_K: Tensor
+        length, size = config.code_length, config.codebook_size
+        self.norm = nn.BatchNorm1d(length * latent_dim, affine=False)
+        self.codes_LKD = nn.Parameter(torch.randn(length, size, latent_dim))
+        self.usage_LK: Tensor
         self.steps_seen: Tensor
-        self.register_buffer("usage_K", torch.zeros(config.codebook_size))
+        self.register_buffer("usage_LK", torch.zeros(length, size))
         self.register_buffer("steps_seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, latents_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Quantised latents (B, L, D) float32 and codes (B, L) int64."""
         with torch.autocast(latents_BLD.device.type, enabled=False):
             z_BLD = self.norm(latents_BLD.float().flatten(1)).view(latents_BLD.shape)
-            distances_BLK = torch.cdist(z_BLD, self.codes_KD[None])
-            codes_BL = distances_BLK.argmin(-1)
-            quantised_BLD = self.codes_KD[codes_BL]
+            codes_BL = torch.cdist(z_BLD.transpose(0, 1), self.codes_LKD).argmin(-1).T
+            quantised_BLD = self.lookup(codes_BL)
             if self.training:
                 self._count_and_replace(z_BLD.detach(), codes_BL)
                 noise_BLD = F.normalize(torch.randn_like(z_BLD), dim=-1)
@@ -51,44 +51,59 @@ class NSVQ(nn.Module):
 
     def lookup(self, codes_BL: Tensor) -> Tensor:
         """Quantised latents (B, L, D) of codes (B, L)."""
-        return self.codes_KD[codes_BL]
+        return self.codes_LKD[torch.arange(codes_BL.shape[1], device=codes_BL.device), codes_BL]
 
     @torch.no_grad()
     def _count_and_replace(self, z_BLD: Tensor, codes_BL: Tensor) -> None:
-        size, config = self.config.codebook_size, self.config
-        self.usage_K += torch.bincount(codes_BL.flatten(), minlength=size)
+        config, size = self.config, self.config.codebook_size
+        self.usage_LK += F.one_hot(codes_BL, size).sum(0)
         self.steps_seen += 1
         step = int(self.steps_seen)
         if step % config.replace_every_steps or step > config.replace_until_step:
             return
-        share_K = self.usage_K / self.usage_K.sum()
-        unused_K = share_K < config.discard_threshold / size
-        candidates_ND = z_BLD.flatten(0, 1)
-        picks = torch.randint(len(candidates_ND), (size,), device=z_BLD.device)
-        # In place through `where`, so that the optimiser's moments and the shape of the update stay put.
-        self.codes_KD.copy_(torch.where(unused_K[:, None], candidates_ND[picks], self.codes_KD))
-        self.usage_K.zero_()
+        share_LK = self.usage_LK / self.usage_LK.sum(1, keepdim=True)
+        unused_LK1 = (share_LK < config.discard_threshold / size)[..., None]
+        picks_K = torch.randint(len(z_BLD), (size,), device=z_BLD.device)
+        # Perturbed by a tenth of the latents' spread: two codes on one spot would stay together for good.
+        drawn_LKD = z_BLD[picks_K].transpose(0, 1) + 0.1 * torch.randn_like(self.codes_LKD)
+        self.codes_LKD.copy_(torch.where(unused_LK1, drawn_LKD, self.codes_LKD))
+        self.usage_LK.zero_()
 
 
 class EqualisedFSQ(FSQ):
-    """Finite scalar quantisation (arXiv 2309.15505) whose levels are equally used by normal latents.
+    """Finite scalar quantisation (arXiv 2309.15505) whose levels are all used alike.
 
-    The library bounds latents by tanh, which leaves the outer levels half used or worse; here batch-normalised
-    latents go through the normal distribution function instead, so that each level takes 1 / levels of them.
+    The library bounds latents by tanh and cuts at fixed places, so that a heavy-tailed latent, as real video
+    gives, falls into two or three levels. Here batch-normalised latents are cut at running quantiles: each
+    level takes 1 / levels of them. Gradients pass through the normal distribution function instead.
     """
 
-    def __init__(self, levels: list[int], latent_dim: int, code_length: int):
+    def __init__(self, levels: list[int], latent_dim: int, code_length: int, momentum: float = 0.02):
         super().__init__(levels, dim=latent_dim, preserve_symmetry=True)
+        self.momentum = momentum
         self.norm = nn.BatchNorm1d(code_length * len(levels), affine=False)
+        # S scalars, T thresholds between levels; a scalar with fewer levels than the largest has some out of reach.
+        share_ST = torch.arange(1, max(levels)) / torch.tensor(levels * code_length)[:, None]
+        self.share_ST: Tensor
+        self.thresholds_ST: Tensor
+        self.register_buffer("share_ST", share_ST, persistent=False)
+        self.register_buffer("thresholds_ST", torch.special.ndtri(share_ST.clamp(max=1)).clamp(max=OUT_OF_REACH))
 
     def symmetry_preserving_bound(self, z, hard_clamp: bool = False):
-        """Level values in [-1, 1] for latents (B, L, 1, num levels); gradients pass straight through."""
-        z = self.norm(z.flatten(1)).view(z.shape)
-        uniform = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-        last = self._levels - 1
-        level = torch.minimum(torch.floor(uniform.detach() * self._levels), last)
-        centred = uniform * self._levels - 0.5  # of level k in [k - 0.5, k + 0.5]
-        return (centred + (level - centred).detach()) * (2 / last) - 1
+        """Level values in [-1, 1] for latents (B, L, 1, scalars of a token); gradients pass straight through."""
+        z_BS = self.norm(z.flatten(1))
+        if self.training:
+            self._follow_quantiles(z_BS.detach())
+        level = (z_BS.detach()[..., None] > self.thresholds_ST).sum(-1).view(z.shape)
+        smooth = torch.special.ndtr(z_BS).view(z.shape) * self._levels - 0.5
+        return (smooth + (level - smooth).detach()) * (2 / (self._levels - 1)) - 1
+
+    def _follow_quantiles(self, z_BS: Tensor) -> None:
+        batch = len(z_BS)
+        rank_ST = (self.share_ST * batch - 0.5).round().long().clamp(0, batch - 1)
+        quantiles_ST = z_BS.sort(0).values.T.gather(1, rank_ST)
+        moved_ST = self.thresholds_ST.lerp(quantiles_ST, self.momentum)
+        self.thresholds_ST.copy_(torch.where(self.share_ST < 1, moved_ST, OUT_OF_REACH))
 
 
 class FSQTokens(nn.Module):

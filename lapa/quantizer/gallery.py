@@ -63,25 +63,25 @@ def predictions(
 
 def _code_gallery(model, pairs: FramePairs, encoded: LatentActions, compute: Compute) -> Figure:
     codes = shown_codes(encoded, model.codebook_config.codebook_size)
-    columns = model.codebook_config.codebook_size if codes.shape[1] == 2 else 8
-    columns = min(columns, len(codes), 16)
+    columns = min(model.codebook_config.codebook_size if codes.shape[1] == 2 else 8, len(codes), 16)
     rows = -(-len(codes) // columns)
-    picks = encoded.indices[np.linspace(0, len(encoded.indices) - 1, 4).astype(int)[1:3]]
-    figure = Figure(figsize=(16, 16 * rows / columns / 2 + 0.8), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, pick in zip(axes, picks, strict=True):
+    picks = encoded.indices[[len(encoded.indices) // 3, 2 * len(encoded.indices) // 3]]
+    figure = Figure(figsize=(16, 8 * (rows + 1) / columns + 0.6), layout="constrained")
+    for axis, pick in zip(figure.subplots(1, 2), picks, strict=True):
         first = pairs.frames(np.array([pick]))[0, 0]
-        size = len(first)
-        sheet = np.ones((rows * (size + 2), columns * (size + 2), 3))
-        for index, image in enumerate(predictions(model, first, codes, compute)):
-            row, column = divmod(index, columns)
-            y, x = row * (size + 2), column * (size + 2)
-            sheet[y : y + size, x : x + size] = image
-            label = "-".join(map(str, codes[index]))
+        tile = len(first) + 2
+        sheet = np.ones(((rows + 1) * tile, columns * tile, 3))
+        labels = ["frame 1", *("-".join(map(str, code)) for code in codes)]
+        images = [first / 255, *predictions(model, first, codes, compute)]
+        # The frame itself has the first row for itself.
+        places = [0, *range(columns, columns + len(codes))]
+        for place, label, image in zip(places, labels, images, strict=True):
+            y, x = (tile * index for index in divmod(place, columns))
+            sheet[y : y + len(first), x : x + len(first)] = image
             axis.text(x + 1, y + 1, label, va="top", fontsize=7, bbox={"color": "white", "alpha": 0.6, "pad": 0.5})
         axis.imshow(sheet, interpolation="nearest")
         axis.set_axis_off()
-    figure.suptitle("Each latent action (token codes) applied to one held-out frame; another frame on the right")
+    figure.suptitle("Each latent action, named by its token codes, applied to two held-out frames")
     return figure
 
 

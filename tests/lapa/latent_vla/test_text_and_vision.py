@@ -2,18 +2,18 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.latent_vla.text import PADDING_ID, TEXT_VOCABULARY, count_longer, encode_text, word_id
+from lapa.latent_vla.text import PADDING_ID, count_longer, encode_text, word_id
 from lapa.latent_vla.vision import build_image_tokenizer, random_shift
 
-SUITE_WORDS = (
+SUITE_TEXT = (
     "move push slide go reach touch point bring make put to the next against at and arm over together red blue green "
     "yellow cube moon star pentagon left right top bottom centre center corner side up down above below away from "
     "of apart separate between near far block blocks table"
-).split()
+)
 
 
 def test_words_of_the_suite_have_ids_of_their_own():
-    assert len({word_id(word) for word in SUITE_WORDS}) == len(SUITE_WORDS)
+    assert len({word_id(word) for word in SUITE_TEXT.split()}) == len(SUITE_TEXT.split())
 
 
 def test_case_and_punctuation_do_not_matter():

@@ -96,23 +96,28 @@ def test_nsvq_counts_every_token_and_moves_unused_codes_apart():
     config = NSVQCodebook(code_length=2, codebook_size=8, replace_every_steps=5)
     codebook = build_codebook(config, latent_dim=4).train()
     with torch.no_grad():
-        codebook.codes_KD[1:] = 100.0
+        codebook.codes_LKD[:, 1:] = 100.0
     latents = torch.randn(32, 2, 4)
     for _ in range(4):
         codebook(latents)
-    assert codebook.usage_K.sum() == 4 * 32 * 2
+    assert codebook.usage_LK.sum(1).tolist() == [4 * 32, 4 * 32]
     codebook(latents)
-    assert codebook.usage_K.sum() == 0
-    distances = torch.pdist(codebook.codes_KD.detach())
-    assert codebook.codes_KD.max() < 50 and distances.min() > 1e-3
+    assert codebook.usage_LK.sum() == 0
+    assert codebook.codes_LKD.max() < 50
+    for codes in codebook.codes_LKD.detach():
+        assert torch.pdist(codes).min() > 1e-3
 
 
-def test_fsq_uses_its_levels_evenly():
+@pytest.mark.parametrize("exponent", [1, 5], ids=["normal", "heavy-tailed"])
+@pytest.mark.parametrize("size", [8, 16])
+def test_fsq_uses_its_levels_evenly(size, exponent):
     torch.manual_seed(0)
-    codebook = build_codebook(FSQCodebook(code_length=2, codebook_size=8), latent_dim=16).train()
-    _, codes = codebook(7 + 0.1 * torch.randn(4096, 2, 16))
-    share = torch.bincount(codes[:, 0], minlength=8) / 4096
-    assert share.min() > 0.1 and share.max() < 0.15
+    codebook = build_codebook(FSQCodebook(code_length=2, codebook_size=size), latent_dim=16).train()
+    for _ in range(300):
+        codebook(7 + 0.1 * torch.randn(64, 2, 16) ** exponent)
+    _, codes = codebook.eval()(7 + 0.1 * torch.randn(8192, 2, 16) ** exponent)
+    share = torch.bincount(codes[:, 0], minlength=size) / 8192
+    assert share.min() > 0.5 / size and share.max() < 2 / size
 
 
 def test_fsq_levels():

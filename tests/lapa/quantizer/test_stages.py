@@ -17,8 +17,8 @@ from lapa.schema import (
     PairData,
     QuantizerGate,
     Runtime,
-    TrainQuantizerConfig,
     Training,
+    TrainQuantizerConfig,
 )
 
 CPU = Runtime(device="cpu", dtype="float32", num_threads=1)

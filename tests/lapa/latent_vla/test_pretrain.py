@@ -1,0 +1,108 @@
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lapa.checkpoint import read_json, write_json, write_tensors
+from lapa.latent_vla import pretrain
+from lapa.schema import DenseBackbone, PretrainConfig, Runtime, Training
+from tests.lapa.latent_vla.conftest import write_labels, write_store
+
+BACKBONE = DenseBackbone(width=32, num_layers=1, num_heads=2)
+
+
+def config(tmp_path, store, labels=None, target="latent", num_steps=60, **changes) -> PretrainConfig:
+    return PretrainConfig(
+        output_dir=str(tmp_path / "pretrained"),
+        data=str(store),
+        labels=str(labels) if labels else None,
+        target=target,
+        backbone=BACKBONE,
+        image_size=16,
+        random_shift_pixels=1,
+        chunk_size=3,
+        holdout_fraction=0.2,
+        training=Training(
+            num_steps=num_steps, batch_size=16, learning_rate=3e-3, warmup_steps=5, log_every_steps=2, tensorboard=False
+        ),
+        runtime=Runtime(device="cpu", dtype="float32", num_threads=1),
+        **changes,
+    )
+
+
+def test_latent_pretraining_learns_the_token_that_the_instruction_decides(tmp_path, toy_store, toy_labels):
+    numbers = pretrain.run(config(tmp_path, toy_store, toy_labels))
+    assert numbers["token_0_accuracy"] == 1.0
+    assert numbers["token_cross_entropy"] < numbers["marginal_token_cross_entropy"]
+    folder = tmp_path / "pretrained"
+    assert read_json(folder / "metrics.json")["joint_accuracy"] == numbers["joint_accuracy"]
+    saved = read_json(folder / "config.json")
+    assert (saved["target"], saved["code_length"], saved["codebook_size"]) == ("latent", 2, 3)
+    assert not (folder / "checkpoint").exists()
+    assert "held_out_token_accuracy" in (folder / "log.jsonl").read_text()
+
+
+def test_action_pretraining_learns_and_saves_its_statistics(tmp_path, toy_store):
+    numbers = pretrain.run(config(tmp_path, toy_store, target="action", num_steps=150))
+    assert numbers["first_action_mse"] < 0.7 * numbers["marginal_first_action_mse"]
+    assert numbers["first_action_cosine"] > 0.7
+    saved = read_json(tmp_path / "pretrained" / "config.json")
+    assert saved["action_std"][0] == pytest.approx(0.91, abs=0.03) and saved["chunk_size"] == 3
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, toy_store, toy_labels, monkeypatch):
+    whole = config(tmp_path / "whole", toy_store, toy_labels, num_steps=8)
+    whole.training.checkpoint_every_steps = 4
+    pretrain.run(whole)
+
+    killed = dataclasses.replace(whole, output_dir=str(tmp_path / "killed"))
+    calls = 0
+    read = pretrain.Inputs.read
+
+    def read_until_killed(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return read(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Inputs, "read", read_until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(killed)
+    pretrain.run(killed)
+    weights = [load_file(f"{c.output_dir}/model.safetensors") for c in (whole, killed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_quantizer_that_failed_its_gate_is_refused_unless_told(tmp_path, toy_store):
+    labels = write_labels(tmp_path / "labels", toy_store, passed=False)
+    with pytest.raises(ValueError, match=r"failed its gate \(delta_psnr.*ignore_gate=true"):
+        pretrain.run(config(tmp_path, toy_store, labels))
+    pretrain.run(config(tmp_path, toy_store, labels, num_steps=2, ignore_gate=True))
+
+
+def test_labels_of_another_codebook_size_are_refused(tmp_path, toy_store):
+    labels = write_labels(tmp_path / "labels", toy_store)
+    write_json(labels / "labels.json", read_json(labels / "labels.json") | {"codebook_size": 2})
+    with pytest.raises(ValueError, match=r"codebook_size is 2, the labels .* use code 2: run `lapa label`"):
+        pretrain.run(config(tmp_path, toy_store, labels))
+
+
+def test_labels_of_other_data_are_refused(tmp_path, toy_store, toy_labels):
+    other = write_store(tmp_path / "other", num_episodes=10, seed=1)
+    with pytest.raises(ValueError, match="run `lapa label` on these data"):
+        pretrain.run(config(tmp_path, other, toy_labels))
+
+
+def test_missing_inputs_are_named(tmp_path, toy_store):
+    with pytest.raises(ValueError, match="needs labels="):
+        pretrain.run(config(tmp_path, toy_store))
+    with pytest.raises(ValueError, match="target is 'pixels'"):
+        pretrain.run(config(tmp_path, toy_store, target="pixels"))
+    video = write_store(tmp_path / "video")
+    index = load_file(video / "index.safetensors")
+    write_tensors(video / "index.safetensors", {"episode_offsets": index["episode_offsets"]})
+    with pytest.raises(ValueError, match="has no actions"):
+        pretrain.run(config(tmp_path, video, target="action"))

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import torch
+from lerobot.policies.factory import make_pre_post_processors
+from safetensors.torch import load_file
+
+from lapa.checkpoint import read_json
+from lapa.data import read_store, to_float
+from lapa.latent_vla import pretrain
+from lapa.schema import FinetuneConfig, PretrainConfig, Runtime, Training
+from policies import finetune
+from policies.lapa.modeling_lapa import LapaPolicy
+from tests.lapa.latent_vla.conftest import write_labels, write_store
+from tests.lapa.latent_vla.test_pretrain import BACKBONE
+
+RUNTIME = Runtime(device="cpu", dtype="float32", num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("demos") / "store")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, demos):
+    """Folders of a trunk pretrained on latent and on true actions."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    labels = write_labels(folder / "labels", demos)
+    for target in ("latent", "action"):
+        pretrain.run(
+            PretrainConfig(
+                output_dir=str(folder / target),
+                data=str(demos),
+                labels=str(labels),
+                target=target,
+                backbone=BACKBONE,
+                image_size=16,
+                chunk_size=3,
+                holdout_fraction=0.2,
+                training=training(2),
+                runtime=RUNTIME,
+            )
+        )
+    return folder
+
+
+def training(num_steps: int) -> Training:
+    return Training(num_steps=num_steps, batch_size=16, learning_rate=3e-3, warmup_steps=5, tensorboard=False)
+
+
+def config(folder, demos, num_steps=2, **changes) -> FinetuneConfig:
+    values = {
+        "output_dir": str(folder / "policy"),
+        "data": str(demos),
+        "backbone": BACKBONE,
+        "image_size": 16,
+        "random_shift_pixels": 1,
+        "num_bins": 8,
+        "chunk_size": 3,
+        "training": training(num_steps),
+        "runtime": RUNTIME,
+    }
+    return FinetuneConfig(**(values | changes))
+
+
+def trunk_of(folder) -> dict[str, torch.Tensor]:
+    weights = load_file(folder / "model.safetensors")
+    return {name.removeprefix("model."): value for name, value in weights.items() if "trunk." in name}
+
+
+@pytest.mark.parametrize("action_head", ["chunk", "bins"])
+def test_the_saved_policy_acts_as_the_instruction_says_in_units_of_the_data(tmp_path, demos, action_head):
+    finetune.run(config(tmp_path, demos, num_steps=150, action_head=action_head))
+    folder = tmp_path / "policy"
+    policy = LapaPolicy.from_pretrained(folder)
+    preprocessor, postprocessor = make_pre_post_processors(policy.config, pretrained_path=str(folder))
+    store = read_store(demos)
+    frames = to_float(store.frames[store.episode_offsets[:2] + 1])
+    batch = preprocessor({"observation.image": frames, "task": store.instructions[:2]})
+    action = postprocessor(policy.select_action(batch))
+    # The toy's three distinct actions end up on the edges of wide bins, so a midpoint is half of one.
+    scale = 1.0 if action_head == "chunk" else 0.5
+    assert torch.allclose(action, scale * torch.tensor([[-1.0, 0.5], [1.0, 0.5]]), atol=0.2)
+
+
+def test_the_pretrained_trunk_is_where_finetuning_starts(tmp_path, demos, pretrained):
+    still = training(1)
+    still.learning_rate = 0.0
+    finetune.run(config(tmp_path, demos, pretrained=str(pretrained / "latent"), training=still))
+    before, after = trunk_of(pretrained / "latent"), trunk_of(tmp_path / "policy")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_json(tmp_path / "policy" / "metrics.json")["kept_action_head"] is False
+
+
+def test_a_trunk_pretrained_on_actions_keeps_head_and_statistics(tmp_path, demos, pretrained):
+    finetune.run(config(tmp_path, demos, pretrained=str(pretrained / "action"), num_episodes=2))
+    assert read_json(tmp_path / "policy" / "metrics.json")["kept_action_head"] is True
+    (statistics,) = (tmp_path / "policy").glob("policy_postprocessor*.safetensors")
+    saved = read_json(pretrained / "action" / "config.json")
+    assert np.allclose(load_file(statistics)["action.mean"], saved["action_mean"])
+
+
+def test_another_head_or_chunk_size_than_the_pretrained_one_starts_anew(tmp_path, demos, pretrained):
+    for number, changes in enumerate(({"action_head": "bins"}, {"chunk_size": 2})):
+        folder = tmp_path / str(number)
+        finetune.run(config(folder, demos, pretrained=str(pretrained / "action"), **changes))
+        assert read_json(folder / "policy" / "metrics.json")["kept_action_head"] is False
+
+
+def test_scratch_differs_by_seed_and_repeats_by_it(tmp_path, demos):
+    weights = []
+    for number, seed in enumerate((0, 0, 1)):
+        options = config(tmp_path / str(number), demos)
+        options.training.seed = seed
+        finetune.run(options)
+        weights.append(load_file(tmp_path / str(number) / "policy" / "model.safetensors"))
+    name = "model.trunk.readout"
+    assert torch.equal(weights[0][name], weights[1][name]) and not torch.equal(weights[0][name], weights[2][name])
+
+
+def test_more_episodes_than_there_are_is_an_error(tmp_path, demos):
+    with pytest.raises(ValueError, match=r"num_episodes is 99, .* has 20"):
+        finetune.run(config(tmp_path, demos, num_episodes=99))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path, demos):
+    with pytest.raises(ValueError, match="expected a folder written by `lapa pretrain`"):
+        finetune.run(config(tmp_path, demos, pretrained=str(tmp_path)))
+
+
+def test_pretrained_weights_learn_slower_than_the_new_head(tmp_path, demos, pretrained):
+    finetune.run(config(tmp_path, demos, num_steps=3, pretrained=str(pretrained / "latent")))
+    before, after = trunk_of(pretrained / "latent"), trunk_of(tmp_path / "policy")
+    # AdamW moves a weight by at most about its rate a step: three warm-up steps at 0.02 x 3e-3.
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert 0 < moved < 3 * 0.02 * 3e-3
