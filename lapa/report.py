@@ -252,7 +252,7 @@ def provenance_section(run_dir: Path) -> str:
 def success_bars(groups: Outcomes) -> bytes:
     arms = list(dict.fromkeys(a for a in ARM_NAMES for by_arm in groups.values() if a in by_arm))
     arms += sorted({a for by_arm in groups.values() for a in by_arm} - set(arms))
-    figure, axes = new_figure(max(5.0, 1.6 * len(groups) + 2), 3.4)
+    figure, axes = new_figure(1.9 * len(groups) + 2.6, 3.4)
     width = 0.8 / len(arms)
     for position, arm in enumerate(arms):
         for group, by_arm in enumerate(groups.values()):
@@ -274,7 +274,7 @@ def success_bars(groups: Outcomes) -> bytes:
     axes.set_xticks(range(len(groups)), [name.replace("_", " ") for name in groups])
     axes.set_ylim(0, 1.12)
     axes.set_ylabel("success rate")
-    axes.legend(frameon=False, fontsize=8, ncols=len(arms), loc="upper center", bbox_to_anchor=(0.5, 1.14))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return png(figure)
 
 

@@ -172,7 +172,7 @@ class TrainQuantizerConfig:
     codebook: Codebook = MISSING
     motion_weight: float = 0.0  # 0: plain pixel error; else extra weight on pixels that change
     num_eval_pairs: int = 2048
-    probe_data: str | None = None  # the same episodes with actions, for the probes only; default: data.path if it has them
+    probe_data: str | None = None  # the same episodes with actions, for probes only; default: data.path
     gate: QuantizerGate = field(default_factory=QuantizerGate)
     training: Training = field(
         default_factory=lambda: Training(num_steps=600, batch_size=32, learning_rate=2e-3, checkpoint_every_steps=200)
@@ -198,7 +198,7 @@ class Backbone:
 
     name: str = MISSING
     width: int = 128
-    num_layers: int = 4
+    num_layers: int = 2
     num_heads: int = 4
 
 
@@ -250,7 +250,7 @@ class FinetuneConfig:
     chunk_size: int = 4
     num_action_steps: int = 2  # of a chunk, before the policy looks again
     num_episodes: int | None = None  # the first n episodes only; null: all
-    pretrained_learning_rate_ratio: float = 0.02  # pretrained weights learn slower; a few demos would wreck them
+    pretrained_learning_rate_ratio: float = 0.05  # pretrained weights learn slower; a few demos would wreck them
     cache_dir: str | None = None
     training: Training = field(default_factory=lambda: Training(num_steps=400))
     runtime: Runtime = field(default_factory=Runtime)

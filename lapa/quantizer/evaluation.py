@@ -143,6 +143,8 @@ def check_gate(metrics: dict[str, float], gate: QuantizerGate) -> dict:
         )
     if gate.require_all_codes and metrics["vocabulary_utilisation"] < 1:
         reasons.append(f"only {metrics['vocabulary_utilisation']:.0%} of the codes of a token are in use, expected all")
+    if gate.require_all_codes and metrics["token_utilisation"] < 0.5:
+        reasons.append(f"one of the tokens uses only {metrics['token_utilisation']:.0%} of its codes")
     if metrics["delta_psnr_db"] <= gate.min_delta_psnr_db:
         reasons.append(
             f"the forward model ignores the latent action: delta-PSNR against random codes is "
@@ -153,7 +155,7 @@ def check_gate(metrics: dict[str, float], gate: QuantizerGate) -> dict:
             f"the prediction ({metrics['psnr_db']:.2f} dB) is no better than repeating the first frame "
             f"({metrics['copy_psnr_db']:.2f} dB)"
         )
-    if "linear_probe_r2" in metrics and metrics["linear_probe_r2"] <= metrics["present_frame_probe_r2"]:
+    if "linear_probe_r2" in metrics and metrics["linear_probe_r2"] <= max(0.0, metrics["present_frame_probe_r2"]):
         reasons.append(
             f"the latent actions tell the true action no better (R2 {metrics['linear_probe_r2']:.2f}) than the first "
             f"frame alone does (R2 {metrics['present_frame_probe_r2']:.2f})"

@@ -132,6 +132,6 @@ def test_a_folder_without_a_model_is_named(tmp_path, demos):
 def test_pretrained_weights_learn_slower_than_the_new_head(tmp_path, demos, pretrained):
     finetune.run(config(tmp_path, demos, num_steps=3, pretrained=str(pretrained / "latent")))
     before, after = trunk_of(pretrained / "latent"), trunk_of(tmp_path / "policy")
-    # AdamW moves a weight by at most about its rate a step: three warm-up steps at 0.02 x 3e-3.
+    # AdamW moves a weight by at most about its rate a step: three warm-up steps at 0.05 x 3e-3.
     moved = max(float((after[name] - before[name]).abs().max()) for name in before)
-    assert 0 < moved < 3 * 0.02 * 3e-3
+    assert 0 < moved < 3 * 0.05 * 3e-3

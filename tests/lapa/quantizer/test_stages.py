@@ -112,6 +112,7 @@ GOOD = {
     "perplexity": 40.0,
     "perplexity_ratio": 0.6,
     "vocabulary_utilisation": 1.0,
+    "token_utilisation": 0.9,
     "delta_psnr_db": 2.0,
     "psnr_db": 30.0,
     "copy_psnr_db": 25.0,
@@ -130,9 +131,11 @@ def test_gate_passes_a_good_quantizer():
     [
         ({"perplexity": 1.0, "perplexity_ratio": 1 / 64, "vocabulary_utilisation": 1 / 8}, "collapsed"),
         ({"vocabulary_utilisation": 0.5}, "50% of the codes"),
+        ({"token_utilisation": 0.125}, "uses only 12% of its codes"),
         ({"delta_psnr_db": -0.1}, "ignores the latent action"),
         ({"psnr_over_copy_db": -1.0}, "no better than repeating the first frame"),
         ({"linear_probe_r2": 0.05}, "first frame alone"),
+        ({"linear_probe_r2": -0.02, "present_frame_probe_r2": -0.5}, "first frame alone"),
     ],
 )
 def test_gate_refuses_and_says_why(change, reason):
