@@ -9,6 +9,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lapa.checkpoint import read_json, write_json
 from lapa.cli import STAGES
 
@@ -29,7 +31,23 @@ def run_stage(verb: str, config) -> dict:
     if output_dir is None:
         return importlib.import_module(STAGES[verb].module).run(config)
 
-    record_path = Path(output_dir) / RECORD
+    lock = FileLock(Path(output_dir).with_name(f".{Path(output_dir).name}.lock"))
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"another process is at work in {output_dir}: wait for it, or choose another output_dir"
+        ) from None
+    try:
+        return run_locked(verb, config, Path(output_dir))
+    finally:
+        lock.release()
+
+
+def run_locked(verb: str, config, output_dir: Path) -> dict:
+    """`run_stage`, once this process has the folder to itself."""
+    record_path = output_dir / RECORD
     options = dataclasses.asdict(config)
     if record_path.is_file():
         record = read_json(record_path)
@@ -65,7 +83,7 @@ def run_stage(verb: str, config) -> dict:
     return results
 
 
-def refuse_other_options(verb: str, output_dir: str, record: dict, options: dict) -> None:
+def refuse_other_options(verb: str, output_dir: Path, record: dict, options: dict) -> None:
     if record["stage"] != verb:
         raise ValueError(f"{output_dir} holds the output of `lapa {record['stage']}`: choose another output_dir")
     changed = [

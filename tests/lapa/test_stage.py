@@ -3,6 +3,7 @@ import types
 from dataclasses import dataclass
 
 import pytest
+from filelock import FileLock
 
 from lapa import cli, stage
 
@@ -63,3 +64,9 @@ def test_number_of_workers_may_change_between_calls(tmp_path, calls):
     stage.run_stage("toy", Options(str(tmp_path), num_workers=1))
     stage.run_stage("toy", Options(str(tmp_path), num_workers=4))
     assert calls == [1]
+
+
+def test_two_processes_in_one_folder_are_refused(tmp_path, calls):
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(ValueError, match="another process is at work"):
+        stage.run_stage("toy", Options(str(tmp_path / "out")))
+    assert calls == []
