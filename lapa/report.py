@@ -166,7 +166,7 @@ def rollout_section(folder: Path) -> str:
             source = f"data:video/mp4;base64,{encode(video.read_bytes())}"
             caption = escape(f"{arm_folder.name}: {video.stem}")
             cells.append(
-                f'<figure><video src="{source}" autoplay loop muted playsinline controls></video>'
+                f'<figure><video src="{source}" autoplay loop muted playsinline></video>'
                 f"<figcaption>{caption}</figcaption></figure>"
             )
     return f'<h2>Rollouts</h2><div class="grid">{"".join(cells)}</div>' if cells else ""
