@@ -21,6 +21,7 @@ from lapa.latent_vla.heads import ChunkActionHead
 from lapa.latent_vla.model import ActionModel, LatentActionModel, VisionLanguageTrunk
 from lapa.latent_vla.text import count_longer, encode_text
 from lapa.latent_vla.vision import random_shift
+from lapa.quantizer.evaluation import require_gate
 from lapa.quantizer.label import load_labels
 from lapa.runtime import Compute, setup
 from lapa.schema import PretrainConfig
@@ -158,11 +159,8 @@ def latent_objective(
     if cfg.labels is None:
         raise ValueError("target=latent needs labels=<folder written by `lapa label`>")
     labels = load_labels(cfg.labels, store)
-    if not labels.gate["passed"] and not cfg.ignore_gate:
-        raise ValueError(
-            f"the quantizer behind {cfg.labels} failed its gate ({'; '.join(map(str, labels.gate['reasons']))}): "
-            "train a better one, or set ignore_gate=true"
-        )
+    if not cfg.ignore_gate:
+        require_gate(labels.gate, cfg.labels)
     largest = int(labels.latent_action.max())
     if largest >= labels.codebook_size:
         raise ValueError(

@@ -168,7 +168,7 @@ def require_gate(gate: dict, folder: object) -> None:
     if not gate["passed"]:
         reasons = "\n".join(f"  - {reason}" for reason in gate["reasons"])
         raise ValueError(
-            f"the quantizer of {folder} failed its gate, and a policy pretrained on its codes would learn nothing:\n"
+            f"the quantizer behind {folder} failed its gate; a policy pretrained on its codes would learn nothing:\n"
             f"{reasons}\nTrain it longer (training.num_steps), change frame_gap_s or the codebook, or set "
             "ignore_gate=true to go on regardless"
         )

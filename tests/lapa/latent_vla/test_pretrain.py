@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, toy_store, toy_label
 
 def test_a_quantizer_that_failed_its_gate_is_refused_unless_told(tmp_path, toy_store):
     labels = write_labels(tmp_path / "labels", toy_store, passed=False)
-    with pytest.raises(ValueError, match=r"failed its gate \(delta_psnr.*ignore_gate=true"):
+    with pytest.raises(ValueError, match=r"(?s)failed its gate.*delta_psnr.*ignore_gate=true"):
         pretrain.run(config(tmp_path, toy_store, labels))
     pretrain.run(config(tmp_path, toy_store, labels, num_steps=2, ignore_gate=True))
 
