@@ -229,7 +229,7 @@ class PretrainConfig:
     ignore_gate: bool = False  # pretrain even on a quantizer that failed its gate
     holdout_fraction: float = 0.05
     cache_dir: str | None = None
-    training: Training = field(default_factory=lambda: Training(num_steps=1500))
+    training: Training = field(default_factory=lambda: Training(num_steps=1000))
     runtime: Runtime = field(default_factory=Runtime)
 
 
@@ -252,7 +252,7 @@ class FinetuneConfig:
     num_episodes: int | None = None  # the first n episodes only; null: all
     pretrained_learning_rate_ratio: float = 0.05  # pretrained weights learn slower; a few demos would wreck them
     cache_dir: str | None = None
-    training: Training = field(default_factory=lambda: Training(num_steps=400))
+    training: Training = field(default_factory=lambda: Training(num_steps=150, learning_rate=2e-3, warmup_steps=20))
     runtime: Runtime = field(default_factory=Runtime)
 
 
