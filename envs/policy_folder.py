@@ -1,5 +1,6 @@
 """Any saved LeRobot policy as a function from frames, states and instructions to actions, for a batch."""
 
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -39,8 +40,12 @@ class PolicyFolder:
         from lerobot.utils.import_utils import register_third_party_plugins
 
         folder = Path(folder).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"no config.json in {folder}: expected the folder of a saved LeRobot policy")
+        config_file = folder / "config.json"
+        if not config_file.is_file() or "type" not in json.loads(config_file.read_text(encoding="utf-8")):
+            raise ValueError(
+                f"{folder} is no LeRobot policy (no config.json with a type): expected a folder written by "
+                "`lapa finetune`, lerobot-train or save_pretrained"
+            )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         register_third_party_plugins()

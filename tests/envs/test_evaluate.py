@@ -202,6 +202,9 @@ def test_policy_of_another_image_size_is_refused(act_folder):
         PolicyFolder(act_folder, "cpu", 64)
 
 
-def test_folder_without_a_policy_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no config\.json"):
+@pytest.mark.parametrize("config", [None, '{"model": "a quantizer"}'])
+def test_folder_without_a_policy_is_refused(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"is no LeRobot policy.*lapa finetune"):
         PolicyFolder(tmp_path, "cpu", 64)
