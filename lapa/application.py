@@ -13,7 +13,6 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lapa import schema
 from lapa.cli import STAGES
-from lapa.stage import run_stage
 
 # Stages write into folders of their own; Hydra shall neither make one nor log into a file.
 HYDRA_DEFAULTS = {"hydra.run.dir": ".", "hydra.output_subdir": "null", "hydra/job_logging": "stdout"}
@@ -40,6 +39,9 @@ def launch(verb: str, options: list[str]) -> None:
 
     @hydra.main(version_base="1.3", config_path="pkg://configs", config_name=verb)
     def application(composed: DictConfig) -> None:
+        # Imported here, because it brings torch, and neither --help nor --cfg needs that.
+        from lapa.stage import run_stage
+
         try:
             run_stage(verb, to_dataclass(verb, composed))
         except (ValueError, OSError) as error:

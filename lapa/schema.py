@@ -8,15 +8,6 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-FAMILIES = (
-    "reach",
-    "block_to_block",
-    "block_to_absolute",
-    "block_to_side",
-    "block_to_relative",
-    "separate_blocks",
-)
-
 
 @dataclass
 class Runtime:
@@ -50,7 +41,10 @@ class Training:
 
 @dataclass
 class DemosConfig:
-    """`lapa demos`: scripted experts act in MuJoCo; episodes go to LeRobotDataset v3 folders."""
+    """`lapa demos`: scripted experts act in MuJoCo; episodes go to LeRobotDataset v3 folders.
+
+    Families: reach, block_to_block, block_to_absolute, block_to_side, block_to_relative, separate_blocks.
+    """
 
     output_dir: str = MISSING
     families: list[str] = field(default_factory=lambda: ["reach"])
