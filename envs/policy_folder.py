@@ -19,6 +19,17 @@ class Policy(Protocol):
         """Actions (B, 2) in metres for frames (B, H, W, 3) uint8, states (B, 2) in metres and B instructions."""
 
 
+def refuse_foreign_code(folder: Path) -> None:
+    """ValueError where a processor file names a class outside LeRobot, which loading it would import and call."""
+    for file in sorted(folder.glob("policy_*processor.json")):
+        for step in json.loads(file.read_text(encoding="utf-8")).get("steps", []):
+            if "registry_name" not in step and not str(step.get("class", "")).startswith("lerobot."):
+                raise ValueError(
+                    f"{file} asks for {step.get('class')!r}: only registered steps and classes of lerobot are loaded "
+                    "from a policy folder"
+                )
+
+
 class PolicyFolder:
     """A policy saved by LeRobot, with its own pre- and postprocessor.
 
@@ -48,6 +59,7 @@ class PolicyFolder:
             )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        refuse_foreign_code(folder)
         register_third_party_plugins()
         config = PreTrainedConfig.from_pretrained(folder)
         config.device = device

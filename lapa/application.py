@@ -86,7 +86,10 @@ def _option_lines(config, prefix: str) -> list[str]:
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
         if field.type in choices:
-            lines.append(f"  {name:<34} one of {' | '.join(choices[field.type])}")
+            lines.append(f"  {name:<34} one of {' | '.join(choices[field.type])}, each with its options:")
+            for choice, node in choices[field.type].items():
+                fields = [f for f in dataclasses.fields(node) if f.name != "name"]
+                lines.append(f"    {name}={choice}: " + ", ".join(f"{name}.{f.name}={f.default}" for f in fields))
         elif dataclasses.is_dataclass(value):
             lines += _option_lines(value, f"{name}.")
         else:

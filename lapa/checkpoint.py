@@ -82,6 +82,8 @@ def save_training_state(
 
     target = folder / "checkpoint"
     temporary, previous = folder / ".checkpoint.tmp", folder / ".checkpoint.old"
+    if previous.exists() and not target.exists():
+        previous.rename(target)  # a kill came between the renames below: this is the only state there is
     for leftover in (temporary, previous):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -54,6 +54,9 @@ def run(config: RunConfig) -> dict:
                 "finetune",
                 config.finetune,
                 backbone=config.pretrain.backbone,
+                image_tokenizer=config.pretrain.image_tokenizer,
+                image_size=config.pretrain.image_size,
+                max_text_tokens=config.pretrain.max_text_tokens,
                 pretrained=pretrained.get("output_dir"),
                 output_dir=f"{config.finetune.output_dir}/{name}",
                 training=replace(config.finetune.training, seed=seed),
@@ -83,5 +86,7 @@ def pretrain_changes(pretrain: PretrainConfig, arm: str, seed: int) -> dict:
         "training": replace(pretrain.training, seed=seed),
     }
     if target == "action":
+        if pretrain.action_data is None:
+            raise ValueError("the action_vla arm needs pretrain.action_data=<the same episodes with actions>")
         changes |= {"labels": None, "data": pretrain.action_data}
     return changes

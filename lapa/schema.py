@@ -166,7 +166,7 @@ class TrainQuantizerConfig:
     codebook: Codebook = MISSING
     motion_weight: float = 0.0  # 0: plain pixel error; else extra weight on pixels that change
     num_eval_pairs: int = 2048
-    probe_data: str | None = None  # the same episodes with actions, for probes only; default: data.path
+    probe_data: str | None = None  # same episodes with actions, for probe and gate; default: data.path
     gate: QuantizerGate = field(default_factory=QuantizerGate)
     training: Training = field(
         default_factory=lambda: Training(num_steps=600, batch_size=32, learning_rate=2e-3, checkpoint_every_steps=200)

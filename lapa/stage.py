@@ -1,6 +1,7 @@
 """Run one stage in its folder: skip it when it is complete, refuse other options, write its provenance."""
 
 import dataclasses
+import hashlib
 import importlib
 import platform
 import resource
@@ -16,8 +17,8 @@ from lapa.cli import STAGES
 
 RECORD = "stage.json"
 PACKAGES = ("torch", "lerobot", "mujoco", "gymnasium", "numpy", "av", "opencv-python-headless", "hydra-core")
-# Where and with how many processes a stage runs does not change what it makes.
-NOT_COMPARED = ("runtime", "num_workers", "cache_dir")
+# Where a stage runs, with how many processes and how chattily, does not change what it makes.
+NOT_COMPARED = {"device", "num_threads", "num_workers", "cache_dir", "tensorboard", "log_every_steps"}
 
 
 def run_stage(verb: str, config) -> dict:
@@ -30,6 +31,8 @@ def run_stage(verb: str, config) -> dict:
     output_dir = getattr(config, "output_dir", None)
     if output_dir is None:
         return importlib.import_module(STAGES[verb].module).run(config)
+    output_dir = str(Path(output_dir).expanduser())
+    config = dataclasses.replace(config, output_dir=output_dir)
 
     lock = FileLock(Path(output_dir).with_name(f".{Path(output_dir).name}.lock"))
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
@@ -52,12 +55,14 @@ def run_locked(verb: str, config, output_dir: Path) -> dict:
     if record_path.is_file():
         record = read_json(record_path)
         refuse_other_options(verb, output_dir, record, options)
+        refuse_other_inputs(output_dir, record, options)
         if record["status"] == "complete":
             print(f"{verb}: {output_dir} is complete")
             return record["results"]
     fresh = not record_path.is_file()
     record_path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"stage": verb, "status": "running", "options": options}
+    record = {"stage": verb, "status": "running", "options": options, "inputs": input_digests(options)}
+    record |= provenance()
     write_json(record_path, record)
 
     started = time.perf_counter()
@@ -76,8 +81,8 @@ def run_locked(verb: str, config, output_dir: Path) -> dict:
             "results": results,
             "wall_time_s": round(time.perf_counter() - started, 1),
             "peak_memory_mb": peak_memory_mb(),
-        }
-        | provenance(),
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
     )
     print(f"{verb}: wrote {output_dir}" + "".join(f"\n  {k}: {_short(v)}" for k, v in results.items()))
     return results
@@ -86,10 +91,11 @@ def run_locked(verb: str, config, output_dir: Path) -> dict:
 def refuse_other_options(verb: str, output_dir: Path, record: dict, options: dict) -> None:
     if record["stage"] != verb:
         raise ValueError(f"{output_dir} holds the output of `lapa {record['stage']}`: choose another output_dir")
+    before = flatten(record["options"])
     changed = [
-        f"{key} was {record['options'].get(key)!r}, is {value!r}"
-        for key, value in options.items()
-        if key not in NOT_COMPARED and record["options"].get(key) != value
+        f"{name} was {before.get(name)!r}, is {value!r}"
+        for name, value in flatten(options).items()
+        if name.rsplit(".", 1)[-1] not in NOT_COMPARED and before.get(name) != value
     ]
     if changed:
         raise ValueError(
@@ -98,14 +104,51 @@ def refuse_other_options(verb: str, output_dir: Path, record: dict, options: dic
         )
 
 
+def refuse_other_inputs(output_dir: Path, record: dict, options: dict) -> None:
+    """A folder made from an input that has since been made anew is stale."""
+    digests = input_digests(options)
+    changed = [name for name, digest in record.get("inputs", {}).items() if digests.get(name) != digest]
+    if changed:
+        raise ValueError(
+            f"{output_dir} was made from other contents of {', '.join(changed)}: delete it to make it from the new ones"
+        )
+
+
+def input_digests(options: dict) -> dict[str, str]:
+    """Which run of a stage made each input folder: a digest of the `stage.json` in it or above it."""
+    digests = {}
+    for name, value in flatten(options).items():
+        if name == "output_dir" or not isinstance(value, str) or not value or not Path(value).is_dir():
+            continue
+        for folder in (Path(value), Path(value).parent):
+            if (folder / RECORD).is_file():
+                digests[name] = hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()[:16]
+                break
+    return digests
+
+
+def flatten(options: dict, prefix: str = "") -> dict:
+    """Nested options as {"training.seed": 0, ...}."""
+    flat: dict = {}
+    for key, value in options.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def provenance() -> dict:
     """What ran: versions, commit, machine."""
     return {
-        "versions": {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "commit": commit(),
         "processor": platform.processor() or platform.machine(),
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> str | None:

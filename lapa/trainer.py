@@ -77,6 +77,9 @@ def fit(
 
     Returns the last logged numbers. With `ema_decay`, the model ends as the moving average of its weights.
     """
+    for name in ("num_steps", "batch_size", "log_every_steps", "checkpoint_every_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"training.{name} is {getattr(training, name)}, expected at least 1")
     model.to(compute.device).train()
     fused = compute.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(

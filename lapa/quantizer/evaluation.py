@@ -136,10 +136,13 @@ def evaluate(
 def check_gate(metrics: dict[str, float], gate: QuantizerGate) -> dict:
     """{"passed": bool, "reasons": [why not, one sentence each]}."""
     reasons = []
-    if metrics["perplexity_ratio"] < gate.min_perplexity_ratio:
+    # No more latent actions can be seen than there are pairs.
+    reachable = min(metrics["perplexity"] / metrics["perplexity_ratio"], metrics["num_pairs"])
+    if metrics["perplexity"] < gate.min_perplexity_ratio * reachable:
         reasons.append(
-            f"the codebook collapsed: perplexity {metrics['perplexity']:.1f} is {metrics['perplexity_ratio']:.1%} of "
-            f"the code space, expected at least {gate.min_perplexity_ratio:.1%}"
+            f"the codebook collapsed: perplexity {metrics['perplexity']:.1f} is "
+            f"{metrics['perplexity'] / reachable:.1%} of the {reachable:.0f} latent actions that could be in use, "
+            f"expected at least {gate.min_perplexity_ratio:.1%}"
         )
     if gate.require_all_codes and metrics["vocabulary_utilisation"] < 1:
         reasons.append(f"only {metrics['vocabulary_utilisation']:.0%} of the codes of a token are in use, expected all")

@@ -7,7 +7,7 @@ import pytest
 
 from envs import evaluate
 from envs.captioned_video import write_captioned_video
-from envs.policy_folder import PolicyFolder
+from envs.policy_folder import PolicyFolder, refuse_foreign_code
 
 
 def config(folder, **changed):
@@ -208,3 +208,9 @@ def test_folder_without_a_policy_is_refused(tmp_path, config):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"is no LeRobot policy.*lapa finetune"):
         PolicyFolder(tmp_path, "cpu", 64)
+
+
+def test_processor_file_cannot_bring_its_own_code(tmp_path):
+    (tmp_path / "policy_preprocessor.json").write_text('{"steps": [{"registry_name": "x"}, {"class": "os.system"}]}')
+    with pytest.raises(ValueError, match=r"asks for 'os.system'"):
+        refuse_foreign_code(tmp_path)

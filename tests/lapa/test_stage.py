@@ -13,6 +13,7 @@ class Options:
     output_dir: str
     amount: int = 1
     num_workers: int = 2
+    data: str = ""
 
 
 @pytest.fixture
@@ -70,3 +71,21 @@ def test_two_processes_in_one_folder_are_refused(tmp_path, calls):
     with FileLock(tmp_path / ".out.lock"), pytest.raises(ValueError, match="another process is at work"):
         stage.run_stage("toy", Options(str(tmp_path / "out")))
     assert calls == []
+
+
+def test_a_folder_made_from_an_input_that_changed_is_refused(tmp_path, calls):
+    source, made = Options(str(tmp_path / "source")), tmp_path / "made"
+    stage.run_stage("toy", source)
+    stage.run_stage("toy", Options(str(made), data=source.output_dir))
+    stage.run_stage("toy", Options(str(made), data=source.output_dir))
+    assert calls == [1, 1]
+    (tmp_path / "source" / "stage.json").unlink()
+    stage.run_stage("toy", Options(source.output_dir, amount=5))
+    with pytest.raises(ValueError, match=r"other contents of data: delete it"):
+        stage.run_stage("toy", Options(str(made), data=source.output_dir))
+
+
+def test_missing_package_does_not_lose_a_finished_stage(tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(stage, "PACKAGES", ("no-such-distribution",))
+    stage.run_stage("toy", Options(str(tmp_path)))
+    assert json.loads((tmp_path / "stage.json").read_text())["versions"]["no-such-distribution"] is None

@@ -109,6 +109,7 @@ def test_probe_data_must_hold_the_same_episodes(trained, other_discs, tmp_path):
 
 
 GOOD = {
+    "num_pairs": 2048.0,
     "perplexity": 40.0,
     "perplexity_ratio": 0.6,
     "vocabulary_utilisation": 1.0,
@@ -124,6 +125,12 @@ GOOD = {
 
 def test_gate_passes_a_good_quantizer():
     assert check_gate(GOOD, QuantizerGate()) == {"passed": True, "reasons": []}
+
+
+def test_gate_asks_no_more_latent_actions_of_a_large_code_space_than_there_are_pairs():
+    large = GOOD | {"perplexity": 400.0, "perplexity_ratio": 400 / 8**6}
+    assert check_gate(large, QuantizerGate(min_perplexity_ratio=0.1))["passed"]
+    assert not check_gate(large, QuantizerGate(min_perplexity_ratio=0.3))["passed"]
 
 
 @pytest.mark.parametrize(
