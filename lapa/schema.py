@@ -50,7 +50,7 @@ class DemosConfig:
     families: list[str] = field(default_factory=lambda: ["reach"])
     num_episodes: int = 100  # in all families together
     seed: int = 0  # episode i starts from seed + i
-    split: str = "train"  # train (seen combinations and phrasings) | unseen
+    split: str = "train"  # train (seen blocks and phrasings) | unseen | unseen_blocks | unseen_phrases
     image_size: int = 64
     num_blocks_min: int = 4
     num_blocks_max: int = 8
@@ -150,7 +150,7 @@ class PairData:
 class QuantizerGate:
     """What a quantizer must show on held-out episodes before anything is pretrained on its codes."""
 
-    min_perplexity_ratio: float = 0.05  # of the code space codebook_size ** code_length
+    min_perplexity_ratio: float = 0.05  # of codebook_size ** code_length, or of the number of pairs if smaller
     min_delta_psnr_db: float = 0.0
     require_beat_copy: bool = True
     require_all_codes: bool = True  # every code of the per-token vocabulary in use
@@ -259,7 +259,7 @@ class EvaluateConfig:
     families: list[str] = field(default_factory=lambda: ["reach"])
     num_episodes: int = 100  # a family
     seed: int = 1_000_000  # episode i of a family starts from seed + i, for every policy alike
-    split: str = "train"
+    split: str = "train"  # train (seen blocks and phrasings) | unseen | unseen_blocks | unseen_phrases
     image_size: int = 64
     num_blocks_min: int = 4
     num_blocks_max: int = 8
