@@ -5,9 +5,12 @@ import inspect
 import os
 import re
 import sys
+import tempfile
+import traceback
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -29,29 +32,66 @@ def register_schema() -> None:
 
 
 def launch(verb: str, options: list[str]) -> None:
-    """Run one stage with Hydra overrides; a user's mistake ends with its message and exit code 2."""
+    """Run one stage with Hydra overrides; a user's mistake ends with its message and exit code 2.
+
+    With --multirun, one stage for every combination of the listed values, one after the other: jobs that are complete
+    are skipped, and one that fails is reported at the end while the others go on.
+    """
     register_schema()
     given = {option.split("=", 1)[0] for option in options}
-    defaults = [f"{key}={value}" for key, value in HYDRA_DEFAULTS.items() if key not in given]
+    is_multirun = bool({"--multirun", "-m"} & set(options))
     overrides = [option for option in options if "=" in option and not option.startswith("-")]
     flags = [option for option in options if option not in overrides]
-    sys.argv = [f"lapa {verb}", *overrides, *defaults, *flags]
+    failures: list[str] = []
+    num_jobs = 0
 
     @hydra.main(version_base="1.3", config_path="pkg://configs", config_name=verb)
     def application(composed: DictConfig) -> None:
         # Imported here, because it brings torch, and neither --help nor --cfg needs that.
         from lapa.stage import run_stage
 
+        nonlocal num_jobs
+        num_jobs += 1
         try:
             run_stage(verb, to_dataclass(verb, composed))
         except (ValueError, OSError) as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if os.environ.get("HYDRA_FULL_ERROR") == "1" and not is_multirun:
                 raise
-            print(f"lapa {verb}: {error}", file=sys.stderr)
-            print("(HYDRA_FULL_ERROR=1 shows the whole traceback)", file=sys.stderr)
-            sys.exit(2)
+            report_failure(verb, error)
+            if not is_multirun:
+                sys.exit(2)
+            failures.append(job_name())
+        except Exception:
+            if not is_multirun:
+                raise
+            traceback.print_exc()
+            failures.append(job_name())
 
-    application()
+    with tempfile.TemporaryDirectory(prefix="lapa-multirun-") as sweep_dir:
+        # Hydra keeps a description of the sweep; each stage's own stage.json says more.
+        defaults = HYDRA_DEFAULTS | ({"hydra.sweep.dir": sweep_dir, "hydra.sweep.subdir": "."} if is_multirun else {})
+        added = [f"{key}={value}" for key, value in defaults.items() if key not in given]
+        sys.argv = [f"lapa {verb}", *overrides, *added, *flags]
+        application()
+    if failures:
+        print(f"lapa {verb}: {len(failures)} of {num_jobs} jobs failed:", file=sys.stderr)
+        print("\n".join(f"  {name}" for name in failures), file=sys.stderr)
+        print("Their messages are above; the same command runs them again and skips what is complete", file=sys.stderr)
+        sys.exit(2)
+
+
+def report_failure(verb: str, error: Exception) -> None:
+    """Tell a user's mistake without its traceback, or with it where HYDRA_FULL_ERROR asks for it."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exception(error)
+        return
+    print(f"lapa {verb}: {error}", file=sys.stderr)
+    print("(HYDRA_FULL_ERROR=1 shows the whole traceback)", file=sys.stderr)
+
+
+def job_name() -> str:
+    """The overrides of the job at hand."""
+    return " ".join(HydraConfig.get().overrides.task)
 
 
 def to_dataclass(verb: str, composed: DictConfig):

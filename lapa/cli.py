@@ -15,6 +15,7 @@ class Stage:
     help: str
     module: str
     config: str  # the dataclass in lapa/schema.py
+    repeats: bool = False  # looks again at what lies in its input each time, instead of being done once
 
 
 STAGES = {
@@ -25,8 +26,29 @@ STAGES = {
     "train_quantizer": Stage(
         "frame pairs -> latent-action quantizer", "lapa.quantizer.train_quantizer", "TrainQuantizerConfig"
     ),
+    "import_laq": Stage(
+        "the released quantizer's weights (laq_openx.pt) -> quantizer folder",
+        "lapa.quantizer.import_laq",
+        "ImportLAQConfig",
+    ),
+    "evaluate_quantizer": Stage(
+        "quantizer + data set -> metrics with intervals, pictures, gate",
+        "lapa.quantizer.evaluate_quantizer",
+        "EvaluateQuantizerConfig",
+    ),
+    "compare_quantizers": Stage(
+        "a folder of quantizers -> one table and one picture, averaged over seeds",
+        "lapa.quantizer.compare_quantizers",
+        "CompareQuantizersConfig",
+        repeats=True,
+    ),
     "label": Stage("quantizer + data set -> a latent action for every frame", "lapa.quantizer.label", "LabelConfig"),
     "pretrain": Stage("labels -> latent vision-language-action model", "lapa.latent_vla.pretrain", "PretrainConfig"),
+    "import_lapa": Stage(
+        "the released LAPA-7B -> a Llama of transformers with a latent head",
+        "lapa.latent_vla.import_lapa",
+        "ImportLapaConfig",
+    ),
     "finetune": Stage("a few demonstrations -> LeRobot policy", "policies.finetune", "FinetuneConfig"),
     "evaluate": Stage(
         "LeRobot policy -> success in MuJoCo, with intervals and videos", "envs.evaluate", "EvaluateConfig"

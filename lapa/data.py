@@ -33,6 +33,7 @@ class FrameStore:
 
     frames: (N, H, W, 3) uint8 memory map. episode_offsets: (E + 1). actions (N, A) and states (N, S) are
     float32 or None; the action of frame t is the one executed from it. instructions and sources: one an episode.
+    fps is the rate of most episodes; episode_fps (E,) that of each, None where all have the same.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class FrameStore:
     actions: np.ndarray | None
     states: np.ndarray | None
     skipped: list[dict]
+    episode_fps: np.ndarray | None = None
 
     @property
     def num_episodes(self) -> int:
@@ -111,6 +113,7 @@ def read_store(folder: Path) -> FrameStore:
         raise ValueError(f"{folder} has frame store version {meta.get('version')}, expected {FORMAT_VERSION}")
     index = load_file(folder / "index.safetensors")
     shape = (meta["num_frames"], meta["image_size"], meta["image_size"], 3)
+    clip_fps = np.array(meta.get("clip_fps", []), np.float64)
     expected, found = int(np.prod(shape)), (folder / "frames.u8").stat().st_size
     if expected != found:
         raise ValueError(f"{folder}/frames.u8 has {found} bytes, expected {expected}: delete the folder and run again")
@@ -124,6 +127,7 @@ def read_store(folder: Path) -> FrameStore:
         actions=index["action"].numpy() if "action" in index else None,
         states=index["state"].numpy() if "state" in index else None,
         skipped=meta["skipped"],
+        episode_fps=clip_fps if (clip_fps != float(meta["fps"])).any() else None,
     )
 
 
@@ -248,14 +252,30 @@ def to_float(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames)).to(device).movedim(-1, -3).float().div_(255)
 
 
-def frame_gap(store: FrameStore, gap_s: float, gap_frames: int | None) -> int:
-    """The gap in frames, from seconds or stated; ValueError where it would be zero."""
-    gap = gap_frames if gap_frames is not None else round(gap_s * store.fps)
-    if gap < 1:
+class FrameGap(int):
+    """A gap in frames at the store's rate, which also knows what it is in episodes of other rates.
+
+    of_episode: (E,) frames, or None where every episode has the gap that the number itself says.
+    """
+
+    of_episode: np.ndarray | None = None
+
+
+def frame_gap(store: FrameStore, gap_s: float, gap_frames: int | None) -> FrameGap:
+    """The gap in frames, from seconds or stated; ValueError where it would be zero.
+
+    A gap in seconds is another number of frames in an episode of another rate; one stated in frames is the same in
+    all of them.
+    """
+    slowest = store.fps if store.episode_fps is None else min(store.fps, store.episode_fps.min())
+    gap = FrameGap(gap_frames if gap_frames is not None else round(gap_s * store.fps))
+    if gap < 1 or (gap_frames is None and round(gap_s * slowest) < 1):
         raise ValueError(
-            f"a frame gap of {gap_s} s is {gap} frames at {store.fps} frames/s: "
-            f"raise frame_gap_s to at least {1 / store.fps:.3f}"
+            f"a frame gap of {gap_s} s is {round(gap_s * slowest) if gap_frames is None else gap} frames at {slowest} "
+            f"frames/s: raise frame_gap_s to at least {1 / slowest:.3f}"
         )
+    if gap_frames is None and store.episode_fps is not None:
+        gap.of_episode = np.round(gap_s * store.episode_fps).astype(np.int64)
     return gap
 
 
@@ -281,12 +301,20 @@ def split_episodes(
 
 
 class FramePairs:
-    """All pairs (t, t + gap) within the given episodes of a store."""
+    """All pairs (t, t + gap) within the given episodes of a store.
+
+    gap: frames; a `FrameGap` of `frame_gap` lasts as long in episodes of other rates. first_frames and gaps (P,) say
+    where each pair begins and how many frames later it ends.
+    """
 
     def __init__(self, store: FrameStore, gap: int, episodes: np.ndarray):
         self.store, self.gap = store, gap
-        eligible = (store.steps_left() >= gap) & np.isin(store.episode_of_frame(), episodes)
+        episode_of_frame = store.episode_of_frame()
+        of_episode = gap.of_episode if isinstance(gap, FrameGap) else None
+        gaps = np.full(store.num_frames, gap) if of_episode is None else of_episode[episode_of_frame]
+        eligible = (store.steps_left() >= gaps) & np.isin(episode_of_frame, episodes)
         self.first_frames = np.flatnonzero(eligible)
+        self.gaps = gaps[eligible]
         if not len(self.first_frames):
             raise ValueError(f"no episode is longer than the frame gap of {gap} frames: lower frame_gap_s")
 
@@ -296,14 +324,18 @@ class FramePairs:
     def frames(self, indices: np.ndarray) -> np.ndarray:
         """(B, 2, H, W, 3) uint8 for pair indices (B,)."""
         first = self.first_frames[indices]
-        return self.store.frames[np.stack([first, first + self.gap], axis=1)]
+        return self.store.frames[np.stack([first, first + self.gaps[indices]], axis=1)]
 
     def displacements(self, indices: np.ndarray) -> np.ndarray:
         """(B, A): the actions executed between the two frames, summed; needs a store with actions."""
         if self.store.actions is None:
             raise ValueError(f"{self.store.folder} has no actions")
-        first = self.first_frames[indices]
-        return self.store.actions[first[:, None] + np.arange(self.gap)].sum(axis=1)
+        first, gaps = self.first_frames[indices], self.gaps[indices]
+        sums = np.empty((len(first), self.store.actions.shape[1]), self.store.actions.dtype)
+        for gap in np.unique(gaps):
+            same = gaps == gap
+            sums[same] = self.store.actions[first[same, None] + np.arange(gap)].sum(axis=1)
+        return sums
 
 
 def action_chunks(store: FrameStore, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:

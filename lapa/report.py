@@ -23,7 +23,8 @@ ARM_COLOURS = {"scratch": "#8a8f98", "lapa": "#2f6fde", "action_vla": "#1f9d6b"}
 QUANTIZER_IMAGES = {
     "reconstructions": "Held-out pairs: present frame, future frame, reconstruction from the latent action, errors.",
     "gallery": "Every latent action (or a sample of them) applied to the same frames.",
-    "arrows": "Mean true displacement of each latent action; the quantizer never saw an action.",
+    "transfer": "The same latent actions in several scenes: each column should make the same change everywhere.",
+    "arrows": "True displacement of each latent action, where actions are known; no label was made from them.",
     "usage": "How often each latent action is used on held-out pairs.",
 }
 MAX_VIDEOS_PER_ARM = 4
@@ -178,7 +179,11 @@ def quantizer_section(folder: Path) -> str:
         return ""
     metrics = read_json(metrics_path)
     gate = metrics.pop("gate", None)
-    rows = [[name, number(value)] for name, value in metrics.items() if isinstance(value, int | float)]
+    rows = [
+        [name, number(value), interval_text(metrics, name)]
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not name.endswith(("_low", "_high"))
+    ]
     verdict = ""
     if gate:
         reasons = "; ".join(gate.get("reasons", []))
@@ -189,7 +194,18 @@ def quantizer_section(folder: Path) -> str:
         for name, text in QUANTIZER_IMAGES.items()
         if (folder / "images" / f"{name}.png").is_file()
     )
-    return f"<h2>Latent-action quantizer, on held-out clips</h2>{verdict}{table(['metric', 'value'], rows)}{pictures}"
+    return (
+        f"<h2>Latent-action quantizer, on held-out clips</h2>{verdict}"
+        + table(["metric", "value", "95% interval over episodes"], rows)
+        + pictures
+    )
+
+
+def interval_text(metrics: dict, name: str) -> str:
+    """The interval that `lapa train_quantizer` wrote beside a metric, if it did."""
+    if f"{name}_low" not in metrics:
+        return ""
+    return f"{number(metrics[f'{name}_low'])} to {number(metrics[f'{name}_high'])}"
 
 
 def curves_section(run_dir: Path) -> str:

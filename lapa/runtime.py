@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lapa.distributed import processes_on_this_machine
 from lapa.schema import Runtime
 
 
@@ -66,7 +67,7 @@ def setup(config: Runtime) -> Compute:
         raise ValueError(f"runtime.device is {config.device!r}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("runtime.device is cuda, but torch sees no CUDA device: set runtime.device=cpu")
-    torch.set_num_threads(config.num_threads or available_cores())
+    torch.set_num_threads(config.num_threads or max(1, available_cores() // processes_on_this_machine()))
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

@@ -62,15 +62,65 @@ class DemosConfig:
 
 
 @dataclass
+class Captioner:
+    """Who writes the caption of a clip: the data set itself, or a vision-language model that looks at it."""
+
+    name: str = "given"  # given (the caption that came with the clip) | vlm (a Hugging Face image-text-to-text model)
+    only_missing: bool = True  # vlm: leave the clips alone that came with a caption
+    model: str | None = None  # vlm: a local folder with config, processor and safetensors
+    prompt: str = "Describe in one short sentence what is done in this video."
+    num_frames: int = 4  # vlm: frames shown, spread evenly over the clip
+    batch_size: int = 8  # vlm: clips captioned at once
+    max_new_tokens: int = 40
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+
+
+@dataclass
+class ClipFilters:
+    """Which clips are left out; what is rejected stays in the manifest, with the filter and the number found."""
+
+    min_frames: int = 16
+    min_duration_s: float = 0.0  # 0: off
+    max_duration_s: float = 0.0  # 0: off
+    min_motion: float = 0.0  # mean displacement in picture heights a second; 0: off
+    max_motion: float = 0.0  # the same; 0: off
+    min_sharpness: float = 0.0  # variance of the Laplacian in squared grey levels, median over the clip; 0: off
+    max_dark_share: float = 1.0  # of the clip's time that is black; 1: off
+    max_still_share: float = 1.0  # of the clip's time in which nothing changes; 1: off
+    shots: str = "off"  # off | reject (clips with a cut) | split (one clip a shot)
+    shot_detector: str = "content"  # content (PySceneDetect) | transnetv2 (learned, finds dissolves too)
+    shot_threshold: float | None = None  # null: the detector's own, 27 for content (of 255), 0.5 for transnetv2
+    max_text_share: float = 1.0  # of the picture covered by text (RapidOCR, about 1.5 s a clip); 1: off
+    languages: list[str] = field(default_factory=list)  # keep captions in these (ISO 639-1: en, de, ...); empty: all
+
+
+@dataclass
 class IngestConfig:
-    """`lapa ingest`: a folder of video files becomes one memory-mapped frame store."""
+    """`lapa ingest`: video from any source becomes curated clips in one memory-mapped frame store."""
 
     path: str = MISSING
     output_dir: str = MISSING
     image_size: int = 64
     captions: str | None = None  # CSV with the columns path, caption and a source column; default: clips.csv in path
     source_column: str = "lab"
-    min_frames: int = 16
+    layout: str = "auto"  # how the clips lie on disk: see docs/video_data.md; auto: told by what is in path
+    licence: str = ""  # of the clips whose data set states none; counted as unknown where empty
+    camera: str | None = None  # LeRobot and RLDS: which image feature; default: the first in alphabetical order
+    keep_actions: bool = False  # LeRobot: also refer to the episode's actions and states, for finetuning
+    image_fps: float = 10.0  # frames/s of layouts that store images without a rate (laq_jpeg, rlds)
+    window_s: float = 4.0  # Ego4D: length of the clip around a narration, which has one point in time
+    download_dir: str | None = None  # where rows with a URL are downloaded to; null: a missing file is rejected
+    attempts: int = 3  # downloads of one URL before its rows are rejected
+    captioner: Captioner = field(default_factory=Captioner)
+    motion: str = "codec"  # codec (motion vectors of the decoder, optical flow where it has none) | flow | off
+    samples_per_s: float = 2.0  # frames a second of video on which motion, sharpness and brightness are measured
+    filters: ClipFilters = field(default_factory=ClipFilters)
+    duplicates: str = "mark"  # mark (in manifest and report) | reject (keep the first) | off
+    export: str = "none"  # none | lerobot: also write the kept clips as a LeRobotDataset v3 into <output_dir>/lerobot
+    export_keyframe_interval: int = 0  # frames; 0: copy the packets as they are; n: encode anew, for random access
+    num_shards: int = 1  # split a large corpus into this many runs, each with its own output_dir
+    shard: int = 0  # which of them this run is
+    runner: str = "local"  # local (processes of this machine) | ray (Ray Data, output_dir on a disk that all nodes see)
     num_workers: int = 2
 
 
@@ -105,6 +155,24 @@ class TransformerQuantizer(QuantizerModel):
     num_spatial_layers: int = 4
     num_temporal_layers: int = 4
     num_decoder_layers: int = 4
+    num_keypoints: int = 32  # whose displacement between the frames gives the latent action
+    motion_radius: float = 0.2  # usual motion that the forward model tries, as a share of the image
+
+
+@dataclass
+class LAQQuantizer(QuantizerModel):
+    """The architecture of the released quantizer (laq_openx.pt), for its weights and for comparisons with it."""
+
+    name: str = "laq"
+    image_size: int = 256
+    patch_size: int = 32
+    width: int = 1024
+    num_heads: int = 16
+    head_width: int = 64
+    num_spatial_layers: int = 8
+    num_temporal_layers: int = 8
+    num_decoder_layers: int = 8
+    compat: bool = True  # as released; false: memory orders put right and causal in time, for training anew
 
 
 @dataclass
@@ -134,6 +202,138 @@ class FSQCodebook(Codebook):
 
 
 @dataclass
+class VQCodebook(Codebook):
+    """Vector quantisation whose codes follow the mean of their latents (arXiv 1711.00937, appendix A)."""
+
+    name: str = "vq"
+    decay: float = 0.95  # of the moving averages, a step
+    commitment_weight: float = 0.1  # of the squared distance between latents and codes, in the loss
+    discard_threshold: float = 0.1  # of the uniform share; codes below it move to latents of the batch
+
+
+@dataclass
+class ResidualCodebook(VQCodebook):
+    """Residual vector quantisation (arXiv 2107.03312): each level of a token quantises what the ones before left."""
+
+    name: str = "residual"
+    num_levels: int = 2  # codes a token
+
+
+@dataclass
+class LFQCodebook(Codebook):
+    """Lookup-free quantisation (arXiv 2310.05737): a code is the signs of log2(codebook_size) numbers."""
+
+    name: str = "lfq"
+    entropy_weight: float = 0.1  # of (entropy of a sample's code - entropy of the batch's codes), in nats
+
+
+@dataclass
+class ContinuousCodebook(Codebook):
+    """No codes but numbers: a Gaussian posterior kept near the unit normal (beta-VAE; Higgins et al. 2017)."""
+
+    name: str = "continuous"
+    code_length: int = 1
+    codebook_size: int = 0  # there are no codes to count
+    beta: float = 1e-3  # loss a nat of the latent action
+    free_bits: float = 0.0  # nats a dimension that cost nothing
+
+
+@dataclass
+class SharedNSVQCodebook(Codebook):
+    """One codebook for all tokens, without normalisation or replacement: the form of the released weights."""
+
+    name: str = "shared_nsvq"
+
+
+@dataclass
+class Target:
+    """What of the second frame a latent action must explain; trained with the quantizer, no part of it."""
+
+    name: str = "pixels"
+
+
+@dataclass
+class PixelTarget(Target):
+    """Its pixels: squared error as a share of the error of repeating the first frame."""
+
+    name: str = "pixels"
+
+
+@dataclass
+class MotionPixelTarget(Target):
+    """Its pixels, with more weight on those that change."""
+
+    name: str = "motion_pixels"
+    motion_weight: float = 4.0  # extra weight of a pixel that changes by a tenth of the full range, or more
+
+
+@dataclass
+class PerceptualTarget(Target):
+    """Its pixels, structure and edges, without pretrained weights."""
+
+    name: str = "perceptual"
+    similarity_weight: float = 0.5  # of 1 - multi-scale structural similarity, beside the pixel error
+    gradient_weight: float = 0.5  # of the error of image gradients, beside the pixel error
+
+
+@dataclass
+class FeatureTarget(Target):
+    """Its frozen image features (after UniVLA, arXiv 2505.06111)."""
+
+    name: str = "features"
+    source: str = "random_convolutions"  # transformers (DINOv2, DINOv3) | timm | random_convolutions (no weights)
+    model: str | None = None  # transformers: folder or name; timm: name
+    weights: str | None = None  # timm: a safetensors file
+    local_files_only: bool = True  # transformers: false downloads a model that is named
+    input_size: int | None = None  # pixels that images are resized to for the features; null: what the model wants
+    seed: int = 0  # of random_convolutions
+    width: int = 48  # of the feature forward model
+    num_layers: int = 2  # of the feature forward model
+    pixel_weight: float = 0.0  # share of the pixel error's gradient that reaches the latent action
+
+
+@dataclass
+class LatentConsistencyTarget(Target):
+    """Its features under a moving average of an encoder trained with the quantizer (LAOM, arXiv 2502.00379)."""
+
+    name: str = "latent_consistency"
+    width: int = 32  # of the encoder; the forward model is twice as wide
+    num_layers: int = 2  # of the feature forward model
+    ema_decay: float = 0.99  # of the target encoder, per step
+    max_gap_ratio: float = 1.0  # the inverse model looks 1 to this many frame gaps ahead (LAOM: more than 1)
+    shift_pixels: int = 3  # random shift of both frames of a pair alike, in pixels; 0: off
+    change_weight: float = 1.0  # of the hinge that keeps the features from ignoring what changes; 0: off
+    pixel_weight: float = 0.0  # share of the pixel error's gradient that reaches the latent action
+
+
+@dataclass
+class LanguageConditioning:
+    """First soak up what the instruction does not tell, then learn codes of what it does (UniVLA, arXiv 2505.06111)."""
+
+    share_of_steps: float = 0.0  # 0: off; else of training.num_steps in which the instruction is seen, such as 0.3
+    max_words: int = 16  # of an instruction; the rest is cut off
+
+
+@dataclass
+class ProprioceptionHead:
+    """The latent action must also tell how the robot's state changes (villa-X, arXiv 2507.23682)."""
+
+    weight: float = 0.0  # 0: off; else beside the target's loss; needs states in data.path or probe_data
+    hidden_width: int = 128  # 0: a linear head
+
+
+@dataclass
+class GroundingHead:
+    """The latent action must also tell the executed displacement, where it may be known (LAOM, arXiv 2502.00379)."""
+
+    share_of_episodes: float = 0.0  # of the training episodes whose actions training may see; 0: none
+    share_of_batch: float = 0.25  # of a batch that is drawn from these episodes
+    weight: float = 1.0  # beside the target's loss
+    hidden_width: int = 0  # 0: a linear head
+    seed: int = 0  # which episodes
+
+
+@dataclass
 class PairData:
     """Frame pairs (t, t + gap) from clips; never across clips, never of gap zero."""
 
@@ -154,24 +354,95 @@ class QuantizerGate:
     min_delta_psnr_db: float = 0.0
     require_beat_copy: bool = True
     require_all_codes: bool = True  # every code of the per-token vocabulary in use
+    min_active_dimensions: int = 2  # of a continuous codebook, in place of the numbers on codes
 
 
 @dataclass
 class TrainQuantizerConfig:
-    """`lapa train_quantizer`: frame pairs to latent actions that explain the change between them."""
+    """`lapa train_quantizer`: frame pairs to latent actions that explain the change between them.
+
+    In several processes that share every batch, with the results of one up to rounding (training.batch_size is the
+    batch of all together, a multiple of their number; GPUs by NCCL, CPUs by Gloo; `pretrain` and `finetune` likewise):
+        torchrun --nproc_per_node=2 -m lapa.cli train_quantizer output_dir=... data.path=...
+    """
 
     output_dir: str = MISSING
     data: PairData = field(default_factory=PairData)
     model: QuantizerModel = MISSING
     codebook: Codebook = MISSING
-    motion_weight: float = 0.0  # 0: plain pixel error; else extra weight on pixels that change
+    target: Target = field(default_factory=Target)
+    language: LanguageConditioning = field(default_factory=LanguageConditioning)
+    proprioception: ProprioceptionHead = field(default_factory=ProprioceptionHead)
+    grounding: GroundingHead = field(default_factory=GroundingHead)
     num_eval_pairs: int = 2048
-    probe_data: str | None = None  # same episodes with actions, for probe and gate; default: data.path
+    # Training sees none of the actions in probe_data, unless grounding.share_of_episodes lets it see some.
+    probe_data: str | None = None  # same episodes with actions (and states), for probe and gate; default: data.path
     gate: QuantizerGate = field(default_factory=QuantizerGate)
     training: Training = field(
         default_factory=lambda: Training(num_steps=600, batch_size=32, learning_rate=2e-3, checkpoint_every_steps=200)
     )
     runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class ImportLAQConfig:
+    """`lapa import_laq`: the released quantizer's weights become a quantizer folder, for `lapa label` and the rest.
+
+    Sizes are told by the tensors' shapes. Nothing in the file is run. Codes are exactly the released ones in
+    runtime.dtype=float32; bfloat16 can move a latent that lies between two codes.
+    """
+
+    path: str = MISSING  # laq_openx.pt, or another state dict of that architecture
+    output_dir: str = MISSING
+    image_size: int = 256  # pixels; the weights do not tell
+    frame_gap_s: float = 0.6  # between the two frames of a pair: 0.6 as trained on robots, 2.4 on human video
+
+
+@dataclass
+class EvaluateQuantizerConfig:
+    """`lapa evaluate_quantizer`: metrics with intervals, pictures and the gate, for any quantizer on any data.
+
+    Imported quantizers have no metrics of their own: evaluate them, then `lapa label evaluation=<output_dir>`.
+    """
+
+    quantizer: str = MISSING
+    data: str = MISSING
+    output_dir: str = MISSING
+    probe_data: str | None = None  # same episodes with actions, for probes; default: data
+    data2: str | None = None  # another data set, to whose scenes the latent actions are applied too
+    episodes: str = "held_out"  # held_out (of the training data; all of other data) | all
+    num_pairs: int = 2048
+    seed: int = 0  # which pairs, donors and resamples; `lapa train_quantizer` takes data.holdout_seed
+    cache_dir: str | None = None
+    gate: QuantizerGate = field(default_factory=QuantizerGate)
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class CompareQuantizersConfig:
+    """`lapa compare_quantizers`: runs of many quantizers become one table and one picture, averaged over seeds.
+
+    The runs come from `lapa train_quantizer` or `lapa evaluate_quantizer`; a grid of them is one command:
+        lapa train_quantizer --multirun data.path=... codebook=fsq,nsvq target=pixels,features training.seed=0,1,2 \\
+            'output_dir=outputs/grid/${codebook.name}-${target.name}-seed${training.seed}'
+        lapa compare_quantizers path=outputs/grid output_dir=outputs/grid/comparison
+    """
+
+    path: str = MISSING  # every folder in it with a run is compared
+    output_dir: str = MISSING
+    columns: list[str] = field(
+        default_factory=lambda: [
+            "linear_probe_r2",
+            "mlp_probe_r2",
+            "delta_psnr_db",
+            "psnr_over_copy_db",
+            "ssim_over_copy",
+            "perplexity_of_ceiling",
+            "vocabulary_utilisation",
+            "transfer_kappa",
+            "transfer_probe_r2",
+        ]
+    )
 
 
 @dataclass
@@ -181,6 +452,7 @@ class LabelConfig:
     quantizer: str = MISSING
     data: str = MISSING
     output_dir: str = MISSING
+    evaluation: str | None = None  # folder of `lapa evaluate_quantizer` with the gate; default: the quantizer's own
     batch_size: int = 256
     cache_dir: str | None = None
     runtime: Runtime = field(default_factory=Runtime)
@@ -225,6 +497,21 @@ class PretrainConfig:
     cache_dir: str | None = None
     training: Training = field(default_factory=lambda: Training(num_steps=1000))
     runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class ImportLapaConfig:
+    """`lapa import_lapa`: the released LAPA-7B weights become a Llama of transformers with a latent-action head."""
+
+    path: str = MISSING  # the published file `params`: a stream of msgpack records
+    output_dir: str = MISSING
+    vqgan: str | None = None  # the published pickle `vqgan`, rewritten as vqgan.safetensors without running it
+    num_heads: int = 32  # of the released model; its file does not say
+    rope_theta: float = 5e7  # base of the rotary angles
+    rms_norm_eps: float = 1e-6
+    max_positions: int = 32768  # tokens, for config.json
+    rotary_dtype: str = "bfloat16"  # bfloat16 | float32: what rotary angles were rounded to in training
+    max_file_gb: float = 4.0  # 10^9 bytes of a safetensors file
 
 
 @dataclass
@@ -310,8 +597,23 @@ class RunConfig:
 
 # Configuration groups: the file name in YAML or on the command line, and the dataclass behind it.
 GROUPS: dict[str, dict[str, type]] = {
-    "model": {"convolutional": ConvolutionalQuantizer, "transformer": TransformerQuantizer},
-    "codebook": {"nsvq": NSVQCodebook, "fsq": FSQCodebook},
+    "model": {"convolutional": ConvolutionalQuantizer, "transformer": TransformerQuantizer, "laq": LAQQuantizer},
+    "codebook": {
+        "nsvq": NSVQCodebook,
+        "fsq": FSQCodebook,
+        "vq": VQCodebook,
+        "residual": ResidualCodebook,
+        "lfq": LFQCodebook,
+        "continuous": ContinuousCodebook,
+        "shared_nsvq": SharedNSVQCodebook,
+    },
+    "target": {
+        "pixels": PixelTarget,
+        "motion_pixels": MotionPixelTarget,
+        "perceptual": PerceptualTarget,
+        "features": FeatureTarget,
+        "latent_consistency": LatentConsistencyTarget,
+    },
     "backbone": {"dense": DenseBackbone},
 }
 

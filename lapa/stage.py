@@ -12,11 +12,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lapa import distributed
 from lapa.checkpoint import read_json, write_json
 from lapa.cli import STAGES
 
 RECORD = "stage.json"
 PACKAGES = ("torch", "lerobot", "mujoco", "gymnasium", "numpy", "av", "opencv-python-headless", "hydra-core")
+# The stages that processes started by `torchrun` share; any other is run by the first process while the rest wait.
+DATA_PARALLEL = {"train_quantizer", "pretrain", "finetune"}
 # Where a stage runs, with how many processes and how chattily, does not change what it makes.
 NOT_COMPARED = {"device", "num_threads", "num_workers", "cache_dir", "tensorboard", "log_every_steps"}
 
@@ -28,11 +31,14 @@ def run_stage(verb: str, config) -> dict:
     Called again with the same options, a finished stage returns at once and an unfinished one goes on.
     Raises ValueError where the folder holds the same stage with other options.
     """
+    distributed.start()
     output_dir = getattr(config, "output_dir", None)
     if output_dir is None:
         return importlib.import_module(STAGES[verb].module).run(config)
     output_dir = str(Path(output_dir).expanduser())
     config = dataclasses.replace(config, output_dir=output_dir)
+    if not distributed.is_main():
+        return follow_main(verb, config)
 
     lock = FileLock(Path(output_dir).with_name(f".{Path(output_dir).name}.lock"))
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
@@ -54,16 +60,19 @@ def run_locked(verb: str, config, output_dir: Path) -> dict:
     options = dataclasses.asdict(config)
     if record_path.is_file():
         record = read_json(record_path)
-        refuse_other_options(verb, output_dir, record, options)
-        refuse_other_inputs(output_dir, record, options)
-        if record["status"] == "complete":
-            print(f"{verb}: {output_dir} is complete")
-            return record["results"]
+        refuse_other_stage(verb, output_dir, record)
+        if not STAGES[verb].repeats:
+            refuse_other_options(output_dir, record, options)
+            refuse_other_inputs(output_dir, record, options)
+            if record["status"] == "complete":
+                print(f"{verb}: {output_dir} is complete")
+                return distributed.share(record["results"])
     fresh = not record_path.is_file()
     record_path.parent.mkdir(parents=True, exist_ok=True)
     record = {"stage": verb, "status": "running", "options": options, "inputs": input_digests(options)}
     record |= provenance()
     write_json(record_path, record)
+    distributed.share(None)
 
     started = time.perf_counter()
     try:
@@ -85,12 +94,28 @@ def run_locked(verb: str, config, output_dir: Path) -> dict:
         },
     )
     print(f"{verb}: wrote {output_dir}" + "".join(f"\n  {k}: {_short(v)}" for k, v in results.items()))
+    return distributed.share(results)
+
+
+def follow_main(verb: str, config) -> dict:
+    """What the other processes do: the first has the folder, tells whether there is work left, and shares its results.
+
+    They never touch the folder's lock, `stage.json` or the stage's files.
+    """
+    results = distributed.share(None)
+    if results is None:
+        if verb in DATA_PARALLEL:
+            importlib.import_module(STAGES[verb].module).run(config)
+        results = distributed.share(None)
     return results
 
 
-def refuse_other_options(verb: str, output_dir: Path, record: dict, options: dict) -> None:
+def refuse_other_stage(verb: str, output_dir: Path, record: dict) -> None:
     if record["stage"] != verb:
         raise ValueError(f"{output_dir} holds the output of `lapa {record['stage']}`: choose another output_dir")
+
+
+def refuse_other_options(output_dir: Path, record: dict, options: dict) -> None:
     before = flatten(record["options"])
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"

@@ -1,9 +1,11 @@
 """One training loop for every stage: AdamW, warm-up and cosine decay, clipping, average, resume.
 
 A batch is a function of (seed, step) alone, so the position in the data needs no state, and a run that
-was killed and resumed ends with the same weights, bit for bit on CPU.
+was killed and resumed ends with the same weights, bit for bit on CPU. Processes that `torchrun` starts
+share every batch (`lapa/distributed.py`).
 """
 
+import contextlib
 import json
 import math
 import time
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lapa import distributed
 from lapa.checkpoint import load_training_state, remove_training_state, save_training_state
 from lapa.runtime import Compute
 from lapa.schema import Training
@@ -71,8 +74,10 @@ def fit(
 
     Args:
         make_batch: batch for a generator seeded by (seed, step); on the device already or not, as the loss likes.
+            In data parallel training, the rows `distributed.shard(training.batch_size)` of it.
         loss_function: batch -> (scalar loss, numbers to log); called under autocast.
-        evaluate: numbers on held-out data, logged every `evaluate_every_steps` and not used for anything else.
+        evaluate: numbers on held-out data, logged every `evaluate_every_steps` and not used for anything else; every
+            process calls it, so that their random states stay the same.
         learning_rate_ratios: see `parameter_groups`.
 
     Returns the last logged numbers. With `ema_decay`, the model ends as the moving average of its weights.
@@ -80,7 +85,10 @@ def fit(
     for name in ("num_steps", "batch_size", "log_every_steps", "checkpoint_every_steps"):
         if getattr(training, name) < 1:
             raise ValueError(f"training.{name} is {getattr(training, name)}, expected at least 1")
+    distributed.shard(training.batch_size)  # refuses one that does not divide evenly
     model.to(compute.device).train()
+    distributed.copy_main(model)
+    writes = distributed.is_main()
     fused = compute.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
         parameter_groups(model, training.weight_decay, learning_rate_ratios),
@@ -95,7 +103,7 @@ def fit(
     first_step = load_training_state(output_dir, model, optimizer, ema)
 
     numbers: dict[str, float] = {}
-    with RunLog(output_dir, first_step, training.tensorboard) as log:
+    with RunLog(output_dir, first_step, training.tensorboard) if writes else contextlib.nullcontext() as log:
         progress = tqdm(
             range(first_step, training.num_steps),
             desc=description,
@@ -103,6 +111,7 @@ def fit(
             total=training.num_steps,
             dynamic_ncols=True,
             mininterval=1.0,
+            disable=not writes,
         )
         window_start, window_step = time.perf_counter(), first_step
         for step in progress:
@@ -119,6 +128,7 @@ def fit(
                 )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            distributed.average_gradients(model.parameters())
             gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
             optimizer.step()
             if ema is not None:
@@ -127,7 +137,7 @@ def fit(
             done = step + 1
             if done % training.log_every_steps == 0 or done == training.num_steps:
                 now = time.perf_counter()
-                numbers = {"loss": loss.item(), **{k: float(v) for k, v in to_log.items()}}
+                numbers = distributed.mean_numbers({"loss": loss.item(), **{k: float(v) for k, v in to_log.items()}})
                 numbers["gradient_norm"] = float(gradient_norm)
                 numbers["learning_rate"] = training.learning_rate * factor
                 numbers["steps_per_s"] = (done - window_step) / (now - window_start)
@@ -136,10 +146,14 @@ def fit(
                     model.eval()
                     numbers |= evaluate()
                     model.train()
-                log.write(done, numbers)
+                if log is not None:
+                    log.write(done, numbers)
                 progress.set_postfix(loss=f"{numbers['loss']:.4f}")
             if done % training.checkpoint_every_steps == 0 and done < training.num_steps:
-                save_training_state(output_dir, done, model, optimizer, ema)
+                # What is saved is what all go on with: buffers that follow a process's own rows differ by now.
+                distributed.copy_main(model)
+                if writes:
+                    save_training_state(output_dir, done, model, optimizer, ema)
     if ema is not None:
         model.load_state_dict(ema)
     model.eval()

@@ -19,13 +19,14 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lapa import distributed
 from lapa.checkpoint import MODEL_FILE, load_config, read_json, write_json
 from lapa.data import action_chunks, open_frames, to_float
 from lapa.latent_vla.heads import BinnedActionHead
-from lapa.latent_vla.text import count_longer
 from lapa.latent_vla.vision import random_shift
 from lapa.runtime import setup
 from lapa.schema import FinetuneConfig
+from lapa.text import count_longer
 from lapa.trainer import finish, fit
 from policies.lapa.configuration_lapa import LapaConfig
 from policies.lapa.modeling_lapa import LapaPolicy
@@ -82,8 +83,8 @@ def run(cfg: FinetuneConfig) -> dict:
     episode_of_frame = store.episode_of_frame()
 
     def make_batch(rng: np.random.Generator) -> dict[str, Any]:
-        frames = rng.choice(num_frames, cfg.training.batch_size)
-        pixels = random_shift(store.frames[frames], cfg.random_shift_pixels, rng)
+        frames = rng.choice(num_frames, cfg.training.batch_size)[distributed.shard(cfg.training.batch_size)]
+        pixels = random_shift(store.frames[frames], cfg.random_shift_pixels, distributed.own_generator(rng))
         return preprocessor(
             {
                 camera_key: to_float(pixels),
@@ -107,6 +108,8 @@ def run(cfg: FinetuneConfig) -> dict:
         description="finetune",
         learning_rate_ratios=dict.fromkeys(inherited, cfg.pretrained_learning_rate_ratio),
     )
+    if not distributed.is_main():
+        return {}
     write_json(
         output_dir / "metrics.json",
         {

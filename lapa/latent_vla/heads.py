@@ -1,6 +1,7 @@
-"""What is read from the trunk: latent action tokens, binned actions, or continuous action chunks.
+"""What is read from the trunk: latent action tokens or numbers, binned actions, or continuous action chunks.
 
-Shapes: B batch, L code length, K codes a token, D width, T chunk size, A action dimensions, N bins.
+Shapes: B batch, L codes of a latent action (num_codes), K choices of a code, D width, T chunk size, A action
+dimensions, N bins.
 """
 
 import torch
@@ -15,12 +16,12 @@ class LatentHead(nn.Module):
     readout only about the first token; what an action head inherits should know the whole latent action.
     """
 
-    def __init__(self, width: int, code_length: int, codebook_size: int):
+    def __init__(self, width: int, num_codes: int, codebook_size: int):
         super().__init__()
-        self.code_length, self.codebook_size = code_length, codebook_size
-        self.code_embedding = nn.Parameter(torch.randn(code_length - 1, codebook_size, width) * width**-0.5)
-        self.at_once = nn.Linear(width, code_length * codebook_size)
-        self.in_order = nn.Parameter(torch.randn(code_length, width, codebook_size) * width**-0.5)
+        self.num_codes, self.codebook_size = num_codes, codebook_size
+        self.code_embedding = nn.Parameter(torch.randn(num_codes - 1, codebook_size, width) * width**-0.5)
+        self.at_once = nn.Linear(width, num_codes * codebook_size)
+        self.in_order = nn.Parameter(torch.randn(num_codes, width, codebook_size) * width**-0.5)
 
     def tokens(self, readout_D: Tensor, latent_BL: Tensor) -> Tensor:
         """Inputs (B, l + 1, D): the readout token, then the l <= L - 1 tokens known so far."""
@@ -36,7 +37,7 @@ class LatentHead(nn.Module):
         """Mean cross-entropy in nats a token, of the chain and of the readout, added."""
         logits_BLK = self.logits(hidden_BLD).float()
         chain = F.cross_entropy(logits_BLK.flatten(0, 1), latent_BL.flatten())
-        at_once_BLK = self.at_once(hidden_BLD[:, 0]).float().unflatten(-1, (self.code_length, self.codebook_size))
+        at_once_BLK = self.at_once(hidden_BLD[:, 0]).float().unflatten(-1, (self.num_codes, self.codebook_size))
         at_once = F.cross_entropy(at_once_BLK.flatten(0, 1), latent_BL.flatten())
         accuracy = (logits_BLK.argmax(-1) == latent_BL).float().mean()
         return chain + at_once, {
@@ -44,6 +45,25 @@ class LatentHead(nn.Module):
             "readout_cross_entropy": at_once.detach(),
             "token_accuracy": accuracy.detach(),
         }
+
+
+class ContinuousLatentHead(nn.Module):
+    """The normalised numbers of a continuous latent action, all at once from the readout token, by L1 regression.
+
+    Linear, so that what an action head inherits lies in the trunk.
+    """
+
+    def __init__(self, width: int, num_codes: int):
+        super().__init__()
+        self.output = nn.Linear(width, num_codes)
+
+    def forward(self, hidden_BD: Tensor) -> Tensor:
+        return self.output(hidden_BD).float()
+
+    def loss(self, hidden_BD: Tensor, latent_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean absolute error."""
+        loss = (self(hidden_BD) - latent_BL).abs().mean()
+        return loss, {"latent_l1": loss.detach()}
 
 
 class ChunkActionHead(nn.Module):

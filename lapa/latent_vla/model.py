@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lapa import schema
 from lapa.backbones.base import IMAGE, LATENT_ACTION, ROBOT_ACTION, TEXT, build_backbone
-from lapa.latent_vla.heads import ActionHead, LatentHead
-from lapa.latent_vla.text import PADDING_ID, TEXT_VOCABULARY
+from lapa.latent_vla.heads import ActionHead, ContinuousLatentHead, LatentHead
 from lapa.latent_vla.vision import build_image_tokenizer
+from lapa.text import PADDING_ID, TEXT_VOCABULARY
 
 
 def prefix_mask(is_word_BW: Tensor, num_image_tokens: int, num_action_tokens: int) -> Tensor:
@@ -80,12 +80,12 @@ class VisionLanguageTrunk(nn.Module):
 
 
 class LatentActionModel(nn.Module):
-    """Trunk and latent head: what `lapa pretrain` trains on labels."""
+    """Trunk and latent head: what `lapa pretrain` trains on labels that are codes."""
 
-    def __init__(self, trunk: VisionLanguageTrunk, code_length: int, codebook_size: int):
+    def __init__(self, trunk: VisionLanguageTrunk, num_codes: int, codebook_size: int):
         super().__init__()
         self.trunk = trunk
-        self.latent_head = LatentHead(trunk.width, code_length, codebook_size)
+        self.latent_head = LatentHead(trunk.width, num_codes, codebook_size)
 
     def hidden(self, images_BCHW: Tensor, words_BW: Tensor, known_BL: Tensor) -> Tensor:
         """Hidden states (B, l + 1, D) after the l latent tokens known so far."""
@@ -100,10 +100,32 @@ class LatentActionModel(nn.Module):
     def generate(self, images_BCHW: Tensor, words_BW: Tensor) -> Tensor:
         """Greedy latent actions (B, L) int64."""
         latent_BL = words_BW.new_zeros(len(words_BW), 0)
-        for _ in range(self.latent_head.code_length):
+        for _ in range(self.latent_head.num_codes):
             logits_BLK = self.latent_head.logits(self.hidden(images_BCHW, words_BW, latent_BL))
             latent_BL = torch.cat([latent_BL, logits_BLK[:, -1:].argmax(-1)], dim=1)
         return latent_BL
+
+
+class ContinuousLatentModel(nn.Module):
+    """Trunk and continuous latent head: what `lapa pretrain` trains on labels that are numbers."""
+
+    def __init__(self, trunk: VisionLanguageTrunk, num_codes: int):
+        super().__init__()
+        self.trunk = trunk
+        self.latent_head = ContinuousLatentHead(trunk.width, num_codes)
+
+    def hidden(self, images_BCHW: Tensor, words_BW: Tensor) -> Tensor:
+        """The readout token's hidden state (B, D)."""
+        readout_BLD = self.trunk.readout.expand(len(words_BW), 1, -1)
+        return self.trunk(images_BCHW, words_BW, readout_BLD, LATENT_ACTION)[:, 0]
+
+    def loss(self, images_BCHW: Tensor, words_BW: Tensor, latent_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and numbers to log, for normalised latent actions (B, L) float32."""
+        return self.latent_head.loss(self.hidden(images_BCHW, words_BW), latent_BL)
+
+    def predict(self, images_BCHW: Tensor, words_BW: Tensor) -> Tensor:
+        """Normalised latent actions (B, L)."""
+        return self.latent_head(self.hidden(images_BCHW, words_BW))
 
 
 class ActionModel(nn.Module):

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lapa import distributed
 from lapa.checkpoint import save_model, write_json
 from lapa.data import FrameStore, action_chunks, open_frames, split_episodes, to_float
 from lapa.latent_vla.heads import ChunkActionHead
-from lapa.latent_vla.model import ActionModel, LatentActionModel, VisionLanguageTrunk
-from lapa.latent_vla.text import count_longer, encode_text
+from lapa.latent_vla.model import ActionModel, ContinuousLatentModel, LatentActionModel, VisionLanguageTrunk
 from lapa.latent_vla.vision import random_shift
 from lapa.quantizer.evaluation import require_gate
-from lapa.quantizer.label import load_labels
+from lapa.quantizer.label import Labels, load_labels
 from lapa.runtime import Compute, setup
 from lapa.schema import PretrainConfig
+from lapa.text import count_longer, encode_text
 from lapa.trainer import finish, fit
 
 EVALUATION_BATCH = 256
@@ -39,7 +40,7 @@ class Objective:
 
     model: trunk and head. is_usable (N,): frames with a target. loss: of (images, words, frame indices).
     evaluate: the same inputs, to sums over the batch by name. baseline: what a guess without looking gets.
-    config: what config.json says beside the trunk.
+    config: what config.json says beside the trunk. derive: further numbers from the means of what `evaluate` sums.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Objective:
     evaluate: Callable[[Tensor, Tensor, np.ndarray], dict[str, Tensor]]
     baseline: dict[str, float]
     config: dict[str, Any]
+    derive: Callable[[dict[str, float]], dict[str, float]] = lambda means: {}
 
 
 def run(cfg: PretrainConfig) -> dict:
@@ -79,8 +81,8 @@ def run(cfg: PretrainConfig) -> dict:
         trunk.compile()
 
     def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, np.ndarray]:
-        frames = rng.choice(train_frames, training.batch_size)
-        return inputs.read(frames, cfg.random_shift_pixels, rng)
+        frames = rng.choice(train_frames, training.batch_size)[distributed.shard(training.batch_size)]
+        return inputs.read(frames, cfg.random_shift_pixels, distributed.own_generator(rng))
 
     def held_out_numbers(frames: np.ndarray) -> dict[str, float]:
         return evaluate(objective, inputs, frames, compute)
@@ -96,6 +98,8 @@ def run(cfg: PretrainConfig) -> dict:
         evaluate=lambda: {f"held_out_{k}": v for k, v in held_out_numbers(held_out_frames[:NUM_CURVE_FRAMES]).items()},
         evaluate_every_steps=CURVE_EVERY_LOGS * training.log_every_steps,
     )
+    if not distributed.is_main():
+        return {}
     numbers = held_out_numbers(held_out_frames) | objective.baseline
     write_json(
         output_dir / "metrics.json",
@@ -142,33 +146,43 @@ class Inputs:
 
 @torch.no_grad()
 def evaluate(objective: Objective, inputs: Inputs, frames: np.ndarray, compute: Compute) -> dict[str, float]:
-    """Means over the frames of what `objective.evaluate` sums."""
+    """Means over the frames of what `objective.evaluate` sums, and what is derived from them."""
     sums: dict[str, float] = {}
     for start in range(0, len(frames), EVALUATION_BATCH):
         with compute.autocast():
             batch_sums = objective.evaluate(*inputs.read(frames[start : start + EVALUATION_BATCH]))
         for name, value in batch_sums.items():
             sums[name] = sums.get(name, 0.0) + float(value)
-    return {name: value / len(frames) for name, value in sums.items()}
+    means = {name: value / len(frames) for name, value in sums.items()}
+    return means | objective.derive(means)
 
 
 def latent_objective(
     cfg: PretrainConfig, store: FrameStore, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
 ) -> Objective:
-    """Latent action tokens, from the labels of this very data set."""
+    """Latent actions, from the labels of this very data set."""
     if cfg.labels is None:
         raise ValueError("target=latent needs labels=<folder written by `lapa label`>")
     labels = load_labels(cfg.labels, store)
     if not cfg.ignore_gate:
         require_gate(labels.gate, cfg.labels)
+    if labels.is_discrete:
+        return code_objective(labels, cfg.labels, trunk, in_training, device)
+    return number_objective(labels, trunk, in_training, device)
+
+
+def code_objective(
+    labels: Labels, folder: str, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
+) -> Objective:
+    """Latent action tokens, by cross-entropy."""
     largest = int(labels.latent_action.max())
     if largest >= labels.codebook_size:
         raise ValueError(
-            f"codebook_size is {labels.codebook_size}, the labels in {cfg.labels} use code {largest}: "
+            f"codebook_size is {labels.codebook_size}, the labels in {folder} use code {largest}: "
             "run `lapa label` again"
         )
     latent_NL = torch.from_numpy(labels.latent_action).to(device)
-    model = LatentActionModel(trunk, labels.code_length, labels.codebook_size)
+    model = LatentActionModel(trunk, labels.num_codes, labels.codebook_size)
 
     def sums(images_BCHW: Tensor, words_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
         target_BL = latent_NL[frames]
@@ -179,7 +193,7 @@ def latent_objective(
         return {
             "token_cross_entropy": -log_p_BLK.gather(-1, target_BL[..., None]).mean((1, 2)).sum(),
             "token_accuracy": hit_BL.float().mean(1).sum(),
-            **{f"token_{i}_accuracy": hit_BL[:, i].sum() for i in range(labels.code_length)},
+            **{f"token_{i}_accuracy": hit_BL[:, i].sum() for i in range(labels.num_codes)},
             "joint_accuracy": (greedy_BL == target_BL).all(1).sum(),
         }
 
@@ -189,7 +203,46 @@ def latent_objective(
         loss=lambda images, words, frames: model.loss(images, words, latent_NL[frames]),
         evaluate=sums,
         baseline=marginal_baseline(labels.latent_action[in_training & labels.is_valid], labels.codebook_size),
-        config={"code_length": labels.code_length, "codebook_size": labels.codebook_size},
+        config={"is_discrete": True, "num_codes": labels.num_codes, "codebook_size": labels.codebook_size},
+    )
+
+
+def number_objective(
+    labels: Labels, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
+) -> Objective:
+    """The numbers of a continuous latent action, normalised over the training frames, by regression."""
+    known = labels.latent_action[in_training & labels.is_valid]
+    if not len(known):
+        raise ValueError("no frame to train on has a label: label this data set, or use a larger one")
+    # A dimension that the quantizer does not use hardly varies: it stays as small as it is beside the others.
+    mean, std = known.mean(0), np.maximum(known.std(0), 0.1 * known.std(0).max() + 1e-6)
+    latent_NL = torch.from_numpy(((labels.latent_action - mean) / std).astype(np.float32)).to(device)
+    model = ContinuousLatentModel(trunk, labels.num_codes)
+
+    def sums(images_BCHW: Tensor, words_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
+        true_BL = latent_NL[frames]
+        error_BL = model.predict(images_BCHW, words_BW) - true_BL
+        return {
+            "latent_l1": error_BL.abs().mean(1).sum(),
+            "latent_mse": error_BL.square().mean(1).sum(),
+            # The mean is 0 after normalisation.
+            "marginal_latent_l1": true_BL.abs().mean(1).sum(),
+            "marginal_latent_mse": true_BL.square().mean(1).sum(),
+        }
+
+    return Objective(
+        model=model,
+        is_usable=labels.is_valid,
+        loss=lambda images, words, frames: model.loss(images, words, latent_NL[frames]),
+        evaluate=sums,
+        baseline={},
+        config={
+            "is_discrete": False,
+            "num_codes": labels.num_codes,
+            "latent_mean": mean.tolist(),
+            "latent_std": std.tolist(),
+        },
+        derive=lambda means: {"latent_r2": 1 - means["latent_mse"] / max(means["marginal_latent_mse"], 1e-12)},
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lapa.checkpoint import load_config, load_weights
-from lapa.quantizer.codebooks import build_codebook
+from lapa.quantizer.codebooks.base import Quantised, build_codebook
+from lapa.quantizer.targets.base import pixel_error
 from lapa.schema import Codebook, QuantizerModel, from_dict
 
 
@@ -23,6 +24,8 @@ class LatentActionQuantizer(nn.Module, ABC):
         super().__init__()
         self.config, self.codebook_config = config, codebook
         self.codebook = build_codebook(codebook, config.latent_dim)
+        self.context_LD: Tensor | None
+        self.register_buffer("context_LD", None)
 
     @abstractmethod
     def infer(self, frames_B2CHW: Tensor) -> Tensor:
@@ -32,62 +35,92 @@ class LatentActionQuantizer(nn.Module, ABC):
     def predict(self, first_BCHW: Tensor, quantised_BLD: Tensor) -> Tensor:
         """The second frame (B, C, H, W), from the first and the quantised latents."""
 
-    def encode(self, frames_B2CHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent action codes (B, L) int64 and their quantised latents (B, L, D), from frame pairs in [0, 1]."""
+    def quantise(self, frames_B2CHW: Tensor) -> Quantised:
+        """Latents (B, L, D), codes (B, N) and the codebook's own loss, from frame pairs in [0, 1]."""
         size = self.config.image_size
         if frames_B2CHW.shape[1:] != (2, 3, size, size):
             raise ValueError(
                 f"frames have shape {tuple(frames_B2CHW.shape)}, this quantizer takes (B, 2, 3, {size}, {size})"
             )
-        quantised_BLD, codes_BL = self.codebook(self.infer(frames_B2CHW))
-        return codes_BL, quantised_BLD
+        return self.codebook(self.infer(frames_B2CHW))
+
+    def encode(self, frames_B2CHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent action codes (B, N) and their quantised latents (B, L, D), from frame pairs in [0, 1].
+
+        Codes are int64, one a token; several a token for residual quantisation, float32 for a continuous codebook.
+        """
+        quantised = self.quantise(frames_B2CHW)
+        return quantised.codes_BN, quantised.latents_BLD
 
     def decode(self, first_BCHW: Tensor, latent_action: Tensor) -> Tensor:
-        """The predicted second frame (B, C, H, W), from codes (B, L) or quantised latents (B, L, D)."""
-        if not latent_action.is_floating_point():
+        """The predicted second frame (B, C, H, W), from codes (B, N) or quantised latents (B, L, D).
+
+        After training with an instruction (`language`), the forward model also reads codes of task-irrelevant
+        change; here they are at their mean.
+        """
+        if latent_action.ndim == 2:
             latent_action = self.codebook.lookup(latent_action)
+        if self.context_LD is not None:
+            latent_action = latent_action + self.context_LD
         return self.predict(first_BCHW, latent_action)
 
-    def loss(self, frames_B2CHW: Tensor, motion_weight: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Error of the predicted second frame as a share of the error of repeating the first, and what to log.
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(L, D) of the latents that the forward model reads."""
+        dtype = torch.int64 if self.codebook.is_discrete else torch.float32
+        device = next(self.parameters()).device
+        with torch.no_grad():
+            latents_BLD = self.codebook.lookup(torch.zeros(1, self.codebook.num_codes, dtype=dtype, device=device))
+        return latents_BLD.shape[1], latents_BLD.shape[2]
 
-        With `motion_weight` w, a pixel counts 1 + w * change times, where its change between the frames goes
-        from 0 to 1 at a tenth of the full range.
-        """
-        first_BCHW, second_BCHW = frames_B2CHW[:, 0], frames_B2CHW[:, 1]
-        codes_BL, quantised_BLD = self.encode(frames_B2CHW)
-        predicted_BCHW = self.predict(first_BCHW, quantised_BLD).float()
-        change_BCHW = (second_BCHW - first_BCHW).square()
-        error_BCHW = (predicted_BCHW - second_BCHW).square()
-        if motion_weight:
-            largest_B1HW = change_BCHW.amax(1, keepdim=True).sqrt()
-            weight_B1HW = 1 + motion_weight * (largest_B1HW * 10).clamp(max=1)
-            error_BCHW, change_BCHW = error_BCHW * weight_B1HW, change_BCHW * weight_B1HW
-        loss = error_BCHW.mean() / change_BCHW.mean().clamp(min=1e-6)
-        used = torch.stack([codes.unique().numel() * loss.new_ones(()) for codes in codes_BL.unbind(1)])
-        return loss, {"codes_used_in_batch": used.mean() / self.codebook_config.codebook_size}
+    def keep_context(self, mean_LD: Tensor) -> None:
+        """Let `decode` add `mean_LD` to the latents; it is saved with the weights."""
+        self.context_LD = mean_LD.detach().clone()
+
+    def loss(self, frames_B2CHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixel error as a share of that of repeating the first frame, without any other target, and what to log."""
+        quantised = self.quantise(frames_B2CHW)
+        predicted_BCHW = self.predict(frames_B2CHW[:, 0], quantised.latents_BLD)
+        loss = pixel_error(predicted_BCHW, frames_B2CHW) + quantised.loss
+        return loss, self.codes_used(quantised.codes_BN)
+
+    def codes_used(self, codes_BN: Tensor) -> dict[str, Tensor]:
+        """The share of its codes that a token uses in this batch, mean over tokens; nothing if continuous."""
+        if not self.codebook.is_discrete:
+            return {}
+        used = [codes.unique().numel() / self.codebook.codebook_size for codes in codes_BN.unbind(1)]
+        return {"codes_used_in_batch": torch.tensor(used).mean()}
 
     def description(self) -> dict:
         """What `build_quantizer` needs to build this model again, for config.json."""
-        return {"model": asdict(self.config), "codebook": asdict(self.codebook_config)}
+        return {
+            "model": asdict(self.config),
+            "codebook": asdict(self.codebook_config),
+            "has_context": self.context_LD is not None,
+        }
 
 
 def build_quantizer(config: QuantizerModel, codebook: Codebook) -> LatentActionQuantizer:
     """A quantizer with random weights."""
     from lapa.quantizer.convolutional import ConvolutionalLAQ
+    from lapa.quantizer.laq import LAQ
     from lapa.quantizer.transformer import TransformerLAQ
-    from lapa.schema import ConvolutionalQuantizer, TransformerQuantizer
+    from lapa.schema import ConvolutionalQuantizer, LAQQuantizer, TransformerQuantizer
 
     if isinstance(config, ConvolutionalQuantizer):
         return ConvolutionalLAQ(config, codebook)
     if isinstance(config, TransformerQuantizer):
         return TransformerLAQ(config, codebook)
-    raise ValueError(f"unknown model {config.name!r}: expected convolutional or transformer")
+    if isinstance(config, LAQQuantizer):
+        return LAQ(config, codebook)
+    raise ValueError(f"unknown model {config.name!r}: expected convolutional, transformer or laq")
 
 
 def load_quantizer(folder: str | Path) -> LatentActionQuantizer:
     """The trained quantizer in a folder of `lapa train_quantizer`, on CPU and in inference mode."""
     config = load_config(folder, "train_quantizer")
     model = build_quantizer(from_dict("model", config["model"]), from_dict("codebook", config["codebook"]))
+    if config.get("has_context"):
+        model.keep_context(torch.zeros(model.latent_shape))
     load_weights(folder, model)
     return model.eval()

@@ -4,7 +4,8 @@ The labels at frame t come from the pair (t, t + gap); frames whose partner lies
 episode are marked invalid. A label folder holds
 
     labels.json          the quantizer's config.json, sizes, store fingerprint, gate result, histogram
-    labels.safetensors   latent_action (N, L) int64 (zero where invalid), is_valid (N,) bool
+    labels.safetensors   latent_action (N, num_codes), int64 codes or float32 numbers of a continuous codebook (zero
+                         where invalid), is_valid (N,) bool
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from lapa.checkpoint import load_config, read_json, write_json, write_tensors
 from lapa.data import FramePairs, FrameStore, frame_gap, open_frames, to_float
 from lapa.metrics import code_usage
 from lapa.quantizer.base import load_quantizer
+from lapa.quantizer.evaluation import quantizer_digest
+from lapa.quantizer.latent_actions import ACTIVE_VARIANCE
 from lapa.runtime import setup
 from lapa.schema import LabelConfig
 
@@ -27,10 +30,15 @@ LABELS_FILE = "labels.safetensors"
 
 @dataclass(frozen=True)
 class Labels:
-    """latent_action (N, L) int64 and is_valid (N,) bool for the N frames of a store."""
+    """latent_action (N, num_codes) and is_valid (N,) bool for the N frames of a store.
+
+    Latent actions are int64 codes below codebook_size or, where not is_discrete, float32 numbers.
+    """
 
     latent_action: np.ndarray
     is_valid: np.ndarray
+    is_discrete: bool
+    num_codes: int
     code_length: int
     codebook_size: int
     frame_gap_frames: int
@@ -45,25 +53,23 @@ def run(cfg: LabelConfig) -> dict:
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     config = load_config(cfg.quantizer, "train_quantizer")
-    metrics_file = Path(cfg.quantizer) / "metrics.json"
-    if not metrics_file.is_file():
-        raise ValueError(f"no metrics.json in {cfg.quantizer}: run `lapa train_quantizer` there to its end")
+    gate = read_gate(cfg.quantizer, cfg.evaluation)
     model = load_quantizer(cfg.quantizer).to(compute.device)
     store = open_frames(cfg.data, config["image_size"], cfg.cache_dir)
     # The gap is a time: another data set at another frame rate has another gap in frames.
     gap = config["frame_gap_frames"] if store.fps == config["fps"] else frame_gap(store, config["frame_gap_s"], None)
     pairs = FramePairs(store, gap, np.arange(store.num_episodes))
 
-    code_length, codebook_size = config["codebook"]["code_length"], config["codebook"]["codebook_size"]
-    latent_action = np.zeros((store.num_frames, code_length), np.int64)
+    codebook = model.codebook
+    latent_action = np.zeros((store.num_frames, codebook.num_codes), np.int64 if codebook.is_discrete else np.float32)
     is_valid = np.zeros(store.num_frames, bool)
     with torch.inference_mode(), tqdm(total=len(pairs), desc="label", unit="pair", mininterval=1.0) as progress:
         for start in range(0, len(pairs), cfg.batch_size):
             indices = np.arange(start, min(start + cfg.batch_size, len(pairs)))
             frames = to_float(pairs.frames(indices), compute.device)
             with compute.autocast():
-                codes_BL, _ = model.encode(frames)
-            latent_action[pairs.first_frames[indices]] = codes_BL.cpu().numpy()
+                codes_BN, _ = model.encode(frames)
+            latent_action[pairs.first_frames[indices]] = codes_BN.cpu().numpy()
             progress.update(len(indices))
     is_valid[pairs.first_frames] = True
 
@@ -72,14 +78,17 @@ def run(cfg: LabelConfig) -> dict:
         output_dir / LABELS_FILE,
         {"latent_action": torch.from_numpy(latent_action), "is_valid": torch.from_numpy(is_valid)},
     )
-    histogram = [np.bincount(token, minlength=codebook_size).tolist() for token in codes.T]
+    size = codebook.codebook_size
+    histogram = [np.bincount(code, minlength=size).tolist() for code in codes.T] if codebook.is_discrete else None
     write_json(
         output_dir / "labels.json",
         {
             "quantizer": config,
-            "gate": read_json(metrics_file)["gate"],
-            "code_length": code_length,
-            "codebook_size": codebook_size,
+            "gate": gate,
+            "is_discrete": codebook.is_discrete,
+            "num_codes": codebook.num_codes,
+            "code_length": config["codebook"]["code_length"],
+            "codebook_size": size,
             "frame_gap_frames": gap,
             "frame_gap_s": gap / store.fps,
             "store_fingerprint": store.fingerprint,
@@ -88,10 +97,33 @@ def run(cfg: LabelConfig) -> dict:
             "histogram": histogram,
         },
     )
-    usage = code_usage(codes, codebook_size)
-    return {"num_labels": int(is_valid.sum()), "share_valid": float(is_valid.mean())} | {
-        name: usage[name] for name in ("perplexity", "perplexity_ratio", "vocabulary_utilisation")
-    }
+    result = {"num_labels": int(is_valid.sum()), "share_valid": float(is_valid.mean())}
+    if not codebook.is_discrete:
+        return result | {"active_dimensions": int((codes.var(0) > ACTIVE_VARIANCE).sum())}
+    usage = code_usage(codes, size)
+    return result | {name: usage[name] for name in ("perplexity", "perplexity_ratio", "vocabulary_utilisation")}
+
+
+def read_gate(quantizer: str, evaluation: str | None) -> dict:
+    """What the gate said of a quantizer, in its own folder or in a folder of `lapa evaluate_quantizer`.
+
+    Raises ValueError where neither says anything, or it was said of other weights.
+    """
+    path = Path(evaluation or quantizer) / "metrics.json"
+    if not path.is_file():
+        raise ValueError(
+            f"no metrics.json in {path.parent}: run `lapa evaluate_quantizer quantizer={quantizer} data=... "
+            "output_dir=...` and name its folder as evaluation=..."
+        )
+    metrics = read_json(path)
+    if "gate" not in metrics:
+        raise ValueError(f"{path} has no gate: expected a folder of `lapa evaluate_quantizer`")
+    if evaluation is not None and metrics.get("quantizer_digest") != quantizer_digest(quantizer):
+        raise ValueError(
+            f"the evaluation in {evaluation} is of other weights than {quantizer} holds: "
+            "run `lapa evaluate_quantizer` on that quantizer"
+        )
+    return metrics["gate"]
 
 
 def load_labels(folder: str | Path, store: FrameStore) -> Labels:
@@ -110,6 +142,8 @@ def load_labels(folder: str | Path, store: FrameStore) -> Labels:
     return Labels(
         latent_action=tensors["latent_action"].numpy(),
         is_valid=tensors["is_valid"].numpy(),
+        is_discrete=meta["is_discrete"],
+        num_codes=meta["num_codes"],
         code_length=meta["code_length"],
         codebook_size=meta["codebook_size"],
         frame_gap_frames=meta["frame_gap_frames"],

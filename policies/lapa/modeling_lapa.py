@@ -15,7 +15,7 @@ from torch import Tensor
 from lapa import schema
 from lapa.latent_vla.heads import build_action_head
 from lapa.latent_vla.model import ActionModel, VisionLanguageTrunk
-from lapa.latent_vla.text import encode_text
+from lapa.text import encode_text
 from lapa.trainer import parameter_groups
 from policies.lapa.configuration_lapa import LapaConfig
 

@@ -1,11 +1,13 @@
+import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from lapa.checkpoint import write_json, write_tensors
-from lapa.data import FramePairs, action_chunks, frame_gap, open_frames, split_episodes, to_float
+from lapa.checkpoint import read_json, write_json, write_tensors
+from lapa.data import FramePairs, action_chunks, frame_gap, open_frames, read_store, split_episodes, to_float
 
 SIZE = 8
 
@@ -42,6 +44,30 @@ def test_gap_of_zero_frames_or_longer_than_every_clip_is_an_error(store):
     assert frame_gap(store, 0.4, None) == 4 and frame_gap(store, 0.4, 7) == 7
     with pytest.raises(ValueError, match=r"longer than the frame gap"):
         FramePairs(store, gap=20, episodes=np.arange(3))
+
+
+def test_a_gap_in_seconds_lasts_as_long_in_episodes_of_other_rates(store):
+    mixed = replace(store, episode_fps=np.array([10.0, 20.0, 10.0]))
+    gap = frame_gap(mixed, 0.2, None)
+    assert gap == 2 and json.dumps(gap) == "2"
+    pairs = FramePairs(mixed, gap, episodes=np.arange(3))
+    frames = pairs.frames(np.arange(len(pairs)))[:, :, 0, 0, 0].astype(int)
+    # Two frames are .2 s of the first episode, four of the second; the third is shorter than that.
+    assert frames.tolist() == [[0, 2], [1, 3], [2, 4], [5, 9], [6, 10], [7, 11], [8, 12], [9, 13]]
+    assert pairs.displacements(np.array([0, 3])).tolist() == [[0 + 1, 2], [5 + 6 + 7 + 8, 4]]
+    # Stated in frames, for clips whose clock is not to be trusted, it is the same in all.
+    assert set(FramePairs(mixed, frame_gap(mixed, 0.2, 2), np.arange(3)).gaps) == {2}
+    with pytest.raises(ValueError, match=r"0 frames at 4.0 frames/s: raise frame_gap_s to at least 0.250"):
+        frame_gap(replace(store, episode_fps=np.array([10.0, 4.0, 10.0])), 0.1, None)
+
+
+def test_the_rates_of_the_clips_are_read_from_the_store(store):
+    assert store.episode_fps is None
+    meta = read_json(store.folder / "store.json")
+    write_json(store.folder / "store.json", meta | {"clip_fps": [10, 10, 10]})
+    assert read_store(store.folder).episode_fps is None
+    write_json(store.folder / "store.json", meta | {"clip_fps": [10, 15, 10]})
+    assert read_store(store.folder).episode_fps.tolist() == [10, 15, 10]
 
 
 def test_chunks_are_padded_at_the_end_of_their_episode(store):

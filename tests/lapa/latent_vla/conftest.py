@@ -59,6 +59,8 @@ def write_labels(folder: Path, store_folder: Path, passed: bool = True) -> Path:
         {
             "quantizer": {},
             "gate": {"passed": passed, "reasons": [] if passed else ["delta_psnr is -0.1 dB"]},
+            "is_discrete": True,
+            "num_codes": 2,
             "code_length": 2,
             "codebook_size": 3,
             "frame_gap_frames": GAP,

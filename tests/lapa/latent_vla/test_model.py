@@ -4,7 +4,7 @@ import torch
 from lapa.backbones.base import LATENT_ACTION
 from lapa.latent_vla.heads import BinnedActionHead, ChunkActionHead, LatentHead, build_action_head
 from lapa.latent_vla.model import ActionModel, LatentActionModel, VisionLanguageTrunk, prefix_mask
-from lapa.latent_vla.text import encode_text
+from lapa.text import encode_text
 from lapa.schema import DenseBackbone
 
 CODE_LENGTH, CODEBOOK_SIZE = 3, 5

@@ -38,7 +38,7 @@ def test_latent_pretraining_learns_the_token_that_the_instruction_decides(tmp_pa
     folder = tmp_path / "pretrained"
     assert read_json(folder / "metrics.json")["joint_accuracy"] == numbers["joint_accuracy"]
     saved = read_json(folder / "config.json")
-    assert (saved["target"], saved["code_length"], saved["codebook_size"]) == ("latent", 2, 3)
+    assert (saved["target"], saved["num_codes"], saved["codebook_size"]) == ("latent", 2, 3)
     assert not (folder / "checkpoint").exists()
     assert "held_out_token_accuracy" in (folder / "log.jsonl").read_text()
 

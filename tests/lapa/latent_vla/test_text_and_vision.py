@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.latent_vla.text import PADDING_ID, count_longer, encode_text, word_id
+from lapa.text import PADDING_ID, count_longer, encode_text, word_id
 from lapa.latent_vla.vision import build_image_tokenizer, random_shift
 
 SUITE_TEXT = (

@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 import torch
 
+from lapa.checkpoint import write_tensors
 from lapa.data import FramePairs, read_store, to_float
-from lapa.quantizer import label, train_quantizer
+from lapa.quantizer import evaluate_quantizer, label, train_quantizer
 from lapa.quantizer.base import load_quantizer
 from lapa.quantizer.evaluation import check_gate, require_gate
 from lapa.quantizer.label import load_labels
 from lapa.schema import (
     ConvolutionalQuantizer,
+    EvaluateQuantizerConfig,
     FSQCodebook,
     LabelConfig,
     PairData,
@@ -55,9 +57,58 @@ def test_training_writes_a_complete_folder(trained):
     assert config["image_size"] == 32 and config["fps"] == 10
     assert {"linear_probe_r2", "delta_psnr_db", "perplexity_ratio", "present_frame_probe_r2"} <= metrics.keys()
     assert metrics["gate"] == {"passed": result["gate_passed"], "reasons": metrics["gate"]["reasons"]}
-    for name in ("gallery", "reconstructions", "usage", "arrows"):
+    for name in ("gallery", "transfer", "reconstructions", "usage", "arrows"):
         assert (folder / "images" / f"{name}.png").stat().st_size > 1000
     assert not (folder / "checkpoint").exists()
+
+
+def evaluation(trained, data, folder, **changes):
+    config = EvaluateQuantizerConfig(quantizer=str(trained[0]), data=str(data), output_dir=str(folder), runtime=CPU)
+    return evaluate_quantizer.run(replace(config, **changes))
+
+
+def test_evaluating_on_the_training_data_repeats_the_metrics_of_training(trained, moving_discs, tmp_path):
+    folder, result, _ = trained
+    assert evaluation(trained, moving_discs, tmp_path) == result
+    assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads((folder / "metrics.json").read_text())
+    rows = (tmp_path / "codes.csv").read_text().splitlines()
+    assert rows == (folder / "codes.csv").read_text().splitlines()
+    assert rows[0] == "code,count,share,mean_0,standard_deviation_0,mean_1,standard_deviation_1"
+
+
+def test_other_data_is_all_held_out_and_half_of_it_fits_the_probes(trained, moving_discs, other_discs):
+    config = json.loads((trained[0] / "config.json").read_text())
+    train, held_out = evaluate_quantizer.choose_episodes(read_store(moving_discs), config, "held_out", 0)
+    assert held_out.tolist() == config["holdout_episodes"] and len(train) == 9
+    other = read_store(other_discs)
+    for episodes in ("held_out", "all"):
+        fitted_on, measured_on = evaluate_quantizer.choose_episodes(other, config, episodes, 0)
+        assert sorted([*fitted_on, *measured_on]) == list(range(10)) and len(measured_on) == 5
+    silent = replace(other, actions=None)
+    assert len(evaluate_quantizer.choose_episodes(silent, config, "held_out", 0)[1]) == 10
+    with pytest.raises(ValueError, match="expected held_out or all"):
+        evaluate_quantizer.choose_episodes(other, config, "some", 0)
+
+
+def test_labels_take_the_gate_from_an_evaluation_of_that_quantizer(trained, moving_discs, other_discs, tmp_path):
+    bare = tmp_path / "imported"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((trained[0] / name).read_bytes())
+    config = LabelConfig(quantizer=str(bare), data=str(moving_discs), output_dir=str(tmp_path / "labels"), runtime=CPU)
+    with pytest.raises(ValueError, match="run `lapa evaluate_quantizer"):
+        label.run(config)
+    gate = QuantizerGate(min_delta_psnr_db=99.0)
+    evaluation((bare,), other_discs, tmp_path / "evaluation", gate=gate)
+    label.run(replace(config, evaluation=str(tmp_path / "evaluation")))
+    labels = load_labels(tmp_path / "labels", read_store(moving_discs))
+    assert not labels.gate["passed"] and "99.00 dB" in labels.gate["reasons"][-1]
+
+    weights = load_quantizer(trained[0]).state_dict()
+    first = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    write_tensors(bare / "model.safetensors", weights | {first: weights[first] + 1})
+    with pytest.raises(ValueError, match="of other weights"):
+        label.run(replace(config, evaluation=str(tmp_path / "evaluation")))
 
 
 def test_training_again_gives_the_same_weights(trained, tmp_path):
@@ -125,6 +176,14 @@ GOOD = {
 
 def test_gate_passes_a_good_quantizer():
     assert check_gate(GOOD, QuantizerGate()) == {"passed": True, "reasons": []}
+
+
+def test_gate_asks_for_dimensions_where_there_are_no_codes():
+    usage = ("perplexity", "perplexity_ratio", "vocabulary_utilisation", "token_utilisation")
+    continuous = {name: value for name, value in GOOD.items() if name not in usage} | {"num_dimensions": 8.0}
+    assert check_gate(continuous | {"active_dimensions": 3.0}, QuantizerGate())["passed"]
+    gate = check_gate(continuous | {"active_dimensions": 1.0}, QuantizerGate())
+    assert not gate["passed"] and "1 of 8 dimensions" in gate["reasons"][0]
 
 
 def test_gate_asks_no_more_latent_actions_of_a_large_code_space_than_there_are_pairs():

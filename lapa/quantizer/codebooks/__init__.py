@@ -1,0 +1,1 @@
+"""Codebooks behind one interface (`base.py`), one file a family."""

@@ -1,0 +1,133 @@
+"""`lapa evaluate_quantizer`: what a quantizer shows on a data set, with intervals, pictures and the gate.
+
+An evaluation folder holds
+
+    metrics.json    every metric with its interval, the gate's verdict, and which weights they belong to
+    codes.csv       a row a latent action: how often it is used, mean and deviation of what was executed meanwhile
+    images/         gallery, transfer, reconstructions, usage, arrows
+
+`lapa train_quantizer` ends with the same on its held-out episodes, in its own folder.
+"""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lapa.checkpoint import load_config, write_json
+from lapa.data import FramePairs, FrameStore, frame_gap, open_frames
+from lapa.quantizer.base import LatentActionQuantizer, load_quantizer
+from lapa.quantizer.evaluation import check_gate, evaluate, headline, quantizer_digest
+from lapa.quantizer.gallery import write_gallery
+from lapa.quantizer.latent_actions import LatentActions, code_statistics
+from lapa.runtime import Compute, setup
+from lapa.schema import EvaluateQuantizerConfig, QuantizerGate
+
+
+def run(cfg: EvaluateQuantizerConfig) -> dict:
+    """Evaluate a quantizer folder on a data set; returns the headline metrics and whether the gate passed."""
+    compute = setup(cfg.runtime)
+    output_dir = Path(cfg.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config = load_config(cfg.quantizer, "train_quantizer")
+    model = load_quantizer(cfg.quantizer).to(compute.device)
+    store = open_frames(cfg.data, config["image_size"], cfg.cache_dir)
+    store = with_probe_data(store, cfg.probe_data, cfg.cache_dir)
+    fitted_on, measured_on = choose_episodes(store, config, cfg.episodes, cfg.seed)
+    train_pairs, pairs = quantizer_pairs(store, config, fitted_on), quantizer_pairs(store, config, measured_on)
+    other_pairs = None
+    if cfg.data2 is not None:
+        other = open_frames(cfg.data2, config["image_size"], cfg.cache_dir)
+        other_pairs = quantizer_pairs(other, config, np.arange(other.num_episodes))
+    digest = quantizer_digest(cfg.quantizer)
+    return measure(
+        output_dir, model, digest, train_pairs, pairs, cfg.num_pairs, cfg.seed, cfg.gate, compute, other_pairs
+    )
+
+
+def measure(
+    output_dir: Path,
+    model: LatentActionQuantizer,
+    digest: str,
+    train_pairs: FramePairs,
+    pairs: FramePairs,
+    num_pairs: int,
+    seed: int,
+    gate: QuantizerGate,
+    compute: Compute,
+    other_pairs: FramePairs | None = None,
+) -> dict:
+    """Write metrics.json, codes.csv and images/ into `output_dir`; returns the headline.
+
+    Args:
+        digest: `quantizer_digest` of the model's folder.
+        train_pairs: what probes are fitted on. pairs: what everything is measured on.
+        other_pairs: of another data set, whose scenes latent actions of `pairs` are applied to.
+    """
+    metrics, encoded = evaluate(model, train_pairs, pairs, num_pairs, seed, compute, other_pairs)
+    verdict = check_gate(metrics, gate)
+    displacements = pairs.displacements(encoded.indices) if pairs.store.actions is not None else None
+    if model.codebook.is_discrete:
+        write_codes(output_dir / "codes.csv", encoded, displacements)
+    write_gallery(output_dir / "images", model, pairs, encoded, compute, displacements, other_pairs)
+    write_json(output_dir / "metrics.json", metrics | {"gate": verdict, "quantizer_digest": digest})
+    return headline(metrics) | {"gate_passed": verdict["passed"]}
+
+
+def choose_episodes(store: FrameStore, config: dict, episodes: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Episodes that probes are fitted on, and those that everything is measured on.
+
+    held_out: on the training data, what training held out; other data the quantizer never saw, nor do probes need
+    more than half of them. all: whatever the quantizer was trained on.
+    """
+    if episodes not in ("held_out", "all"):
+        raise ValueError(f"episodes is {episodes!r}, expected held_out or all")
+    everything = np.arange(store.num_episodes)
+    held_out = config.get("holdout_episodes")
+    if episodes == "held_out" and held_out and config.get("data_fingerprint") == store.fingerprint:
+        return np.setdiff1d(everything, held_out), np.array(held_out)
+    if store.actions is None:
+        return everything, everything
+    if store.num_episodes < 2:
+        raise ValueError(
+            f"{store.folder} has {store.num_episodes} episode: the probes of actions are fitted on one half of the "
+            "episodes and measured on the other, so at least 2 are needed"
+        )
+    order = np.random.default_rng(seed).permutation(store.num_episodes)
+    half = store.num_episodes // 2
+    return np.sort(order[:half]), np.sort(order[half:])
+
+
+def quantizer_pairs(store: FrameStore, config: dict, episodes: np.ndarray) -> FramePairs:
+    """Pairs at the quantizer's gap, which is a time: another frame rate has another gap in frames."""
+    same_rate = store.fps == config.get("fps") and store.episode_fps is None
+    frames = config.get("frame_gap_frames") if same_rate else None
+    return FramePairs(store, frame_gap(store, config["frame_gap_s"], frames), episodes)
+
+
+def with_probe_data(store: FrameStore, probe_data: str | None, cache_dir: str | None) -> FrameStore:
+    """`store` with the actions and states of the same episodes in `probe_data`, where that is named."""
+    if probe_data is None:
+        return store
+    probe_store = open_frames(probe_data, store.image_size, cache_dir)
+    if probe_store.actions is None:
+        raise ValueError(f"probe_data {probe_data} has no actions: name a data set with actions, or null")
+    if not np.array_equal(probe_store.episode_offsets, store.episode_offsets):
+        raise ValueError(
+            f"probe_data {probe_data} has {probe_store.num_episodes} episodes of other lengths than the "
+            f"{store.num_episodes} of the data: expected the same episodes with actions"
+        )
+    states = store.states if probe_store.states is None else probe_store.states
+    return replace(store, actions=probe_store.actions, states=states)
+
+
+def write_codes(path: Path, encoded: LatentActions, displacements: np.ndarray | None) -> None:
+    """`code_statistics` as a table, a latent action a row."""
+    rows = code_statistics(encoded, displacements)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)

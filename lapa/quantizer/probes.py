@@ -1,0 +1,94 @@
+"""Probes of the executed displacement: fitted once on training episodes, measured on held-out ones.
+
+Shapes: B pairs, C colours, H and W pixels, N columns of codes, L code_length, D latent_dim, A action dimensions,
+F features, R resamples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lapa.data import FramePairs
+from lapa.metrics import (
+    EpisodeBootstrap,
+    Predictor,
+    between_code_share,
+    fit_code_table,
+    fit_linear_probe,
+    fit_mlp_probe,
+    fit_principal_components,
+    joint_codes,
+    r_squared_samples,
+)
+from lapa.quantizer.latent_actions import LatentActions, small_pixels
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Predictors of the executed displacement, fitted on training episodes; `table` is None for continuous codes."""
+
+    latent: Predictor
+    latent_mlp: Predictor
+    table: Predictor | None
+    present: Predictor
+    present_mlp: Predictor
+    change: Predictor
+    change_mlp: Predictor
+
+
+def fit_probes(train_pairs: FramePairs, train: LatentActions, is_discrete: bool, seed: int) -> Probes:
+    """Probes of the displacement between two frames, and the two baselines that see pixels only.
+
+    The baselines get the same regressions, from the first frame and from the difference of the frames, each
+    downsampled to 16 x 16 and reduced to its 64 principal components.
+    """
+    actions = train_pairs.displacements(train.indices)
+    features = [train.latents, *small_pixels(train_pairs, train.indices)]
+    fitted: list[Predictor] = []
+    for position, values in enumerate(features):
+        reduce = fit_principal_components(values) if position else _unchanged
+        reduced = reduce(values)
+        fitted.append(_chain(reduce, fit_linear_probe(reduced, actions)))
+        fitted.append(_chain(reduce, fit_mlp_probe(reduced, actions, seed)))
+    latent, latent_mlp, present, present_mlp, change, change_mlp = fitted
+    table = fit_code_table(train.codes, actions) if is_discrete else None
+    return Probes(latent, latent_mlp, table, present, present_mlp, change, change_mlp)
+
+
+def _unchanged(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+def _chain(first: Predictor, second: Predictor) -> Predictor:
+    return lambda values: second(first(values))
+
+
+def probe_metrics(
+    probes: Probes, pairs: FramePairs, held_out: LatentActions, bootstrap: EpisodeBootstrap
+) -> dict[str, float]:
+    """How well latent actions tell the executed displacement, beside the first frame alone and the pixels' change.
+
+    code_mean_probe_r2 predicts the mean displacement that a latent action has on training episodes;
+    action_variance_between_codes is the share of the displacement's variance between latent actions.
+    """
+    actions = pairs.displacements(held_out.indices)
+    present, change = small_pixels(pairs, held_out.indices)
+    predicted = {
+        "linear_probe": probes.latent(held_out.latents),
+        "mlp_probe": probes.latent_mlp(held_out.latents),
+        "present_frame_probe": probes.present(present),
+        "present_frame_mlp_probe": probes.present_mlp(present),
+        "pixel_difference_probe": probes.change(change),
+        "pixel_difference_mlp_probe": probes.change_mlp(change),
+    }
+    result: dict[str, float] = {}
+    if probes.table is not None:
+        predicted["code_mean_probe"] = probes.table(held_out.codes)
+        shares_R = between_code_share(joint_codes(held_out.codes), actions, bootstrap)
+        result |= bootstrap.estimate_count("action_variance_between_codes", shares_R, most=1.0)
+    for name, values in predicted.items():
+        samples_R = r_squared_samples(values, actions, bootstrap)
+        result |= bootstrap.estimate(f"{name}_r2", samples_R)
+        if name in ("linear_probe", "mlp_probe"):
+            result |= bootstrap.estimate(f"{name}_nmse", 1 - samples_R)
+    return result
