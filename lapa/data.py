@@ -323,8 +323,12 @@ class FramePairs:
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
         """(B, 2, H, W, 3) uint8 for pair indices (B,)."""
+        return self.store.frames[self.frame_numbers(indices)]
+
+    def frame_numbers(self, indices: np.ndarray) -> np.ndarray:
+        """(B, 2): where in the store the two frames of each pair are."""
         first = self.first_frames[indices]
-        return self.store.frames[np.stack([first, first + self.gaps[indices]], axis=1)]
+        return np.stack([first, first + self.gaps[indices]], axis=1)
 
     def displacements(self, indices: np.ndarray) -> np.ndarray:
         """(B, A): the actions executed between the two frames, summed; needs a store with actions."""

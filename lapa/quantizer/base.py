@@ -52,6 +52,10 @@ class LatentActionQuantizer(nn.Module, ABC):
         quantised = self.quantise(frames_B2CHW)
         return quantised.codes_BN, quantised.latents_BLD
 
+    def encode_clip(self, frames_FCHW: Tensor, pairs_B2: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode` for pairs of these frames, named by index; models that look at a frame by itself do so once."""
+        return self.encode(frames_FCHW[pairs_B2])
+
     def decode(self, first_BCHW: Tensor, latent_action: Tensor) -> Tensor:
         """The predicted second frame (B, C, H, W), from codes (B, N) or quantised latents (B, L, D).
 

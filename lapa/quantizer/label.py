@@ -66,9 +66,11 @@ def run(cfg: LabelConfig) -> dict:
     with torch.inference_mode(), tqdm(total=len(pairs), desc="label", unit="pair", mininterval=1.0) as progress:
         for start in range(0, len(pairs), cfg.batch_size):
             indices = np.arange(start, min(start + cfg.batch_size, len(pairs)))
-            frames = to_float(pairs.frames(indices), compute.device)
+            # Consecutive pairs share frames: each is read and, by models that can, looked at once.
+            rows, places = np.unique(pairs.frame_numbers(indices), return_inverse=True)
+            frames, pairs_B2 = to_float(store.frames[rows], compute.device), torch.from_numpy(places.reshape(-1, 2))
             with compute.autocast():
-                codes_BN, _ = model.encode(frames)
+                codes_BN, _ = model.encode_clip(frames, pairs_B2.to(compute.device))
             latent_action[pairs.first_frames[indices]] = codes_BN.cpu().numpy()
             progress.update(len(indices))
     is_valid[pairs.first_frames] = True

@@ -4,8 +4,8 @@ import torch
 from lapa.backbones.base import LATENT_ACTION
 from lapa.latent_vla.heads import BinnedActionHead, ChunkActionHead, LatentHead, build_action_head
 from lapa.latent_vla.model import ActionModel, LatentActionModel, VisionLanguageTrunk, prefix_mask
-from lapa.text import encode_text
 from lapa.schema import DenseBackbone
+from lapa.text import encode_text
 
 CODE_LENGTH, CODEBOOK_SIZE = 3, 5
 TEXTS = ["go to the red moon", "reach the blue cube", "touch the star", "go"]

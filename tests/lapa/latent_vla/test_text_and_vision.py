@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.text import PADDING_ID, count_longer, encode_text, word_id
 from lapa.latent_vla.vision import build_image_tokenizer, random_shift
+from lapa.text import PADDING_ID, count_longer, encode_text, word_id
 
 SUITE_TEXT = (
     "move push slide go reach touch point bring make put to the next against at and arm over together red blue green "
