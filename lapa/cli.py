@@ -19,7 +19,7 @@ class Stage:
 
 
 STAGES = {
-    "ingest": Stage("a folder of video files -> a frame store", "video_data.ingest", "IngestConfig"),
+    "ingest": Stage("video from any source -> curated clips in a frame store", "video_data.ingest", "IngestConfig"),
     "demos": Stage(
         "scripted experts in MuJoCo -> LeRobotDataset, with and without actions", "envs.demos", "DemosConfig"
     ),

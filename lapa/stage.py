@@ -21,7 +21,7 @@ PACKAGES = ("torch", "lerobot", "mujoco", "gymnasium", "numpy", "av", "opencv-py
 # The stages that processes started by `torchrun` share; any other is run by the first process while the rest wait.
 DATA_PARALLEL = {"train_quantizer", "pretrain", "finetune"}
 # Where a stage runs, with how many processes and how chattily, does not change what it makes.
-NOT_COMPARED = {"device", "num_threads", "num_workers", "cache_dir", "tensorboard", "log_every_steps"}
+NOT_COMPARED = {"device", "num_threads", "num_workers", "runner", "cache_dir", "tensorboard", "log_every_steps"}
 
 
 def run_stage(verb: str, config) -> dict:

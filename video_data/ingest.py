@@ -1,161 +1,166 @@
-"""Stage `lapa ingest`: a folder of video files becomes one memory-mapped frame store.
+"""Stage `lapa ingest`: video from any source becomes curated clips in one memory-mapped frame store.
 
-    store.json          sizes, frame rate, an instruction and a source an episode, what was skipped and why;
-                        also the path (`clips`) and the frame rate (`clip_fps`) of every clip
-    index.safetensors   episode_offsets (E + 1) int64
-    frames.u8           raw RGB bytes (N, H, W, 3), all clips one after the other
-
-Until store.json is there, `clips.jsonl` records every finished clip after its frames are written; a run that
-was killed goes on behind the last one recorded.
+List (`sources/`), decode every video once and score its clips (`curate.py`, on processes or on Ray), drop what the
+filters reject, append the rest in order (`store.py`), export where asked (`export.py`), draw `report.html`.
+The output depends on the clips and the options alone: not on the runner, its workers, or how often it was killed.
 """
 
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 import tempfile
-from collections import Counter
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from video_data.clips import Clip, list_clips
-from video_data.decode import decode_clip
-from video_data.workers import call_in_order
+from video_data.annotate import recorded_actions, write_captions
+from video_data.clips import ClipRequest, Rejected
+from video_data.curate import Video, crashed, curate
+from video_data.decode import PassOptions
+from video_data.export import export_lerobot
+from video_data.filters import shots, text
+from video_data.report import write_report
+from video_data.runner import RUNNERS, run_in_order
+from video_data.sources import list_requests
+from video_data.store import FORMAT_VERSION, StoreWriter, clear_parts, read_manifest
 
-FORMAT_VERSION = 1
-CRASHED = {"reason": "the decoder crashed"}
+CHOICES = {
+    "motion": ("codec", "flow", "off"),
+    "duplicates": ("mark", "reject", "off"),
+    "export": ("none", "lerobot"),
+    "runner": RUNNERS,
+}
 
 
 def run(cfg) -> dict:
-    """Decode every clip of `cfg.path` once, into `cfg.output_dir`. Returns counts and the frame rate.
+    """Ingest what `cfg.path` holds into `cfg.output_dir`. Returns counts and the frame rate.
 
-    cfg: path, output_dir, image_size (pixels), captions, source_column, min_frames, num_workers.
-    Raises ValueError for wrong options and where no clip at all can be used.
+    cfg: lapa.schema.IngestConfig. Raises ValueError for wrong options and where no clip at all can be used.
     """
-    for name in ("image_size", "min_frames", "num_workers"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} is {getattr(cfg, name)}, expected at least 1")
-    folder, output = Path(cfg.path).expanduser(), Path(cfg.output_dir).expanduser()
-    clips, skipped = list_clips(folder, cfg.captions, cfg.source_column)
-    fingerprint = _fingerprint(folder, clips, cfg.image_size, cfg.min_frames)
+    _check(cfg)
+    root, output = Path(cfg.path).expanduser(), Path(cfg.output_dir).expanduser()
+    videos, rejected = _list_videos(list_requests(cfg.layout, root, cfg), cfg.num_shards, cfg.shard)
+    options = PassOptions(
+        cfg.image_size, cfg.motion, cfg.samples_per_s, text.NUM_PICTURES if text.is_wanted(cfg.filters) else 0
+    )
+    fingerprint = _fingerprint(root, videos, options, cfg)
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".lock"):
-        store_path = output / "store.json"
-        if not store_path.is_file():
-            records = _decode_all(folder, output, clips, fingerprint, cfg)
-            _write_store(output, clips, records, skipped, fingerprint, cfg.image_size)
-        store = json.loads(store_path.read_text(encoding="utf-8"))
-        (output / "clips.jsonl").unlink(missing_ok=True)
-    if store.get("fingerprint") != fingerprint:
-        raise ValueError(
-            f"{output} holds other clips or options than {folder} now: delete it, or choose another output_dir"
-        )
-    return _headline(store)
+        if not (output / "store.json").is_file():
+            _ingest(root, output, videos, rejected, options, fingerprint, cfg)
+        store = json.loads((output / "store.json").read_text(encoding="utf-8"))
+        if store.get("fingerprint") != fingerprint:
+            raise ValueError(
+                f"{output} holds other clips or options than {root} now: delete it, or choose another output_dir"
+            )
+        for name in ("clips.jsonl", "captions.jsonl"):
+            (output / name).unlink(missing_ok=True)
+        if cfg.export == "lerobot":
+            export_lerobot(root, output, cfg.export_keyframe_interval, cfg.runner, cfg.num_workers)
+        write_report(output)
+    return _headline(output, store)
 
 
-def _fingerprint(folder: Path, clips: list[Clip], image_size: int, min_frames: int) -> str:
+def _check(cfg) -> None:
+    for name in ("image_size", "num_workers", "num_shards", "samples_per_s"):
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"{name} is {getattr(cfg, name)}, expected more than 0")
+    if cfg.filters.min_frames < 1:
+        raise ValueError(f"filters.min_frames is {cfg.filters.min_frames}, expected at least 1")
+    if not 0 <= cfg.shard < cfg.num_shards:
+        raise ValueError(f"shard is {cfg.shard}, expected 0 to {cfg.num_shards - 1} for num_shards={cfg.num_shards}")
+    for name, choices in CHOICES.items():
+        if getattr(cfg, name) not in choices:
+            raise ValueError(f"{name} is {getattr(cfg, name)!r}, expected one of {choices}")
+    if cfg.filters.shots not in ("off", "reject", "split"):
+        raise ValueError(f"filters.shots is {cfg.filters.shots!r}, expected off, reject or split")
+    if cfg.filters.shot_detector not in shots.DETECTORS:
+        raise ValueError(f"filters.shot_detector is {cfg.filters.shot_detector!r}, expected one of {shots.DETECTORS}")
+
+
+def _list_videos(
+    entries: Iterable[ClipRequest | Rejected], num_shards: int, shard: int
+) -> tuple[list[Video], list[Rejected]]:
+    """The requests of this shard, by video in the order of its first request, and what cannot be requested.
+
+    All clips of a video are in one shard, told by a checksum of its name, so shards need no list of each other.
+    """
+    requests: dict[str, list[ClipRequest]] = {}
+    rejected = []
+    for entry in entries:
+        if zlib.crc32(entry.video.encode(errors="surrogateescape")) % num_shards != shard:
+            continue
+        if isinstance(entry, Rejected):
+            rejected.append(entry)
+        else:
+            requests.setdefault(entry.video, []).append(entry)
+    return [Video(number, tuple(clips)) for number, clips in enumerate(requests.values())], rejected
+
+
+def _fingerprint(root: Path, videos: list[Video], options: PassOptions, cfg) -> str:
     """Changes with the options and with any clip, so that no store is made of two different runs."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {image_size} {min_frames}\n".encode())
-    for clip in clips:
-        stat = (folder / clip.path).stat()
-        digest.update(f"{clip} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    digest = hashlib.sha256(
+        f"{FORMAT_VERSION} {options} {cfg.filters} {cfg.duplicates} {cfg.keep_actions} {cfg.captioner}\n".encode()
+    )
+    for video in videos:
+        # Members of an archive change with the archive.
+        location = root / video.requests[0].video
+        archive = root / video.requests[0].video.rpartition("#")[0]
+        file = next((path for path in (location, archive) if path.is_file() or path.is_dir()), None)
+        stat = file.stat() if file else None
+        changed = stat and (stat.st_size, stat.st_mtime_ns)
+        digest.update(f"{video.requests} {changed}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
-def _decode_all(folder: Path, output: Path, clips: list[Clip], fingerprint: str, cfg) -> list[dict]:
-    """Append the frames of every clip, in order, to frames.u8; one record a clip."""
-    for leftover in output.glob(".parts-*"):
-        shutil.rmtree(leftover)
-    records = _resume(output, fingerprint, cfg.image_size)
-    waiting = range(len(records), len(clips))
-    with (
-        tempfile.TemporaryDirectory(dir=output, prefix=".parts-") as folder_of_parts,
-        (output / "frames.u8").open("ab") as frames,
-        (output / "clips.jsonl").open("a", encoding="utf-8") as journal,
-        tqdm(total=len(clips), initial=len(records), desc="ingest", unit="clip", mininterval=1.0) as progress,
-    ):
-        parts = {i: Path(folder_of_parts) / f"{i}.u8" for i in waiting}
-        calls = ((folder / clips[i].path, parts[i], cfg.image_size, cfg.min_frames) for i in waiting)
-        with contextlib.closing(call_in_order(decode_clip, calls, cfg.num_workers)) as results:
-            for part, result in zip(parts.values(), results, strict=True):
-                record = result or CRASHED
-                if "num_frames" in record:
-                    with part.open("rb") as decoded:
-                        shutil.copyfileobj(decoded, frames, 1 << 22)
-                    frames.flush()
-                part.unlink(missing_ok=True)
-                journal.write(json.dumps(record) + "\n")
-                journal.flush()
-                records.append(record)
-                progress.update()
-    return records
-
-
-def _resume(output: Path, fingerprint: str, image_size: int) -> list[dict]:
-    """The records of clips that a killed run finished; frames behind them are cut away."""
-    journal, frames = output / "clips.jsonl", output / "frames.u8"
-    header = json.dumps({"fingerprint": fingerprint})
-    # What follows the last line end was being written when the run was killed.
-    lines = journal.read_text(encoding="utf-8").split("\n")[:-1] if journal.is_file() else []
-    records, num_bytes = [], 0
-    if lines and lines[0] == header and frames.is_file():
-        records = [json.loads(line) for line in lines[1:]]
-        num_bytes = sum(record.get("num_frames", 0) for record in records) * image_size**2 * 3
-        # After a power failure the journal may have reached the disk without the frames it speaks of.
-        if frames.stat().st_size < num_bytes:
-            records, num_bytes = [], 0
-    frames.touch()
-    os.truncate(frames, num_bytes)
-    _write_text(journal, "".join(f"{line}\n" for line in [header, *map(json.dumps, records)]))
-    return records
-
-
-def _write_store(
-    output: Path, clips: list[Clip], records: list[dict], skipped: list[dict], fingerprint: str, image_size: int
+def _ingest(
+    root: Path,
+    output: Path,
+    videos: list[Video],
+    rejected: list[Rejected],
+    options: PassOptions,
+    fingerprint: str,
+    cfg,
 ) -> None:
-    """Write the index, then store.json, which makes the folder a frame store."""
-    kept = [(clip, record) for clip, record in zip(clips, records, strict=True) if "num_frames" in record]
-    broken = [{"clip": clip.path, **record} for clip, record in zip(clips, records, strict=True) if "reason" in record]
-    if not kept:
-        raise ValueError(
-            f"none of the {len(clips)} clips can be used; the first, {broken[0]['clip']}: {broken[0]['reason']}"
-        )
-    offsets = np.cumsum([0, *(record["num_frames"] for _, record in kept)], dtype=np.int64)
-    save_file({"episode_offsets": offsets}, output / ".index.tmp")
-    (output / ".index.tmp").replace(output / "index.safetensors")
-    store = {
-        "version": FORMAT_VERSION,
-        "num_frames": int(offsets[-1]),
-        "image_size": image_size,
-        # A store has one frame rate: the most common, and among equals that of the earliest clip.
-        "fps": Counter(record["fps"] for _, record in kept).most_common(1)[0][0],
-        "instructions": [clip.caption for clip, _ in kept],
-        "sources": [clip.source for clip, _ in kept],
-        "skipped": skipped + broken,
-        "clips": [clip.path for clip, _ in kept],
-        "clip_fps": [record["fps"] for _, record in kept],
-        "fingerprint": fingerprint,
-    }
-    _write_text(output / "store.json", json.dumps(store, indent=1) + "\n")
+    """Curate every video and append its clips, in order; then write the index."""
+    clear_parts(output)
+    num_clips = sum(len(video.requests) for video in videos)
+    with (
+        tempfile.TemporaryDirectory(dir=output, prefix=".parts-") as parts,
+        StoreWriter(output, fingerprint, cfg.image_size, cfg.duplicates) as store,
+    ):
+        waiting = videos[store.num_videos :]
+        calls = [(video, str(root), parts, options, cfg.filters) for video in waiting]
+        done = num_clips - sum(len(video.requests) for video in waiting)
+        results = run_in_order(cfg.runner, curate, calls, cfg.num_workers)
+        with (
+            tqdm(total=num_clips, initial=done, desc="ingest", unit="clip", mininterval=1.0) as progress,
+            contextlib.closing(results),
+        ):
+            for video, rows in zip(waiting, results, strict=True):
+                store.add(rows or crashed(video), Path(parts))
+                progress.update(len(video.requests))
+                progress.set_postfix(kept=store.num_episodes, refresh=False)
+        kept = store.kept_rows() if cfg.captioner.name != "given" or cfg.keep_actions else []
+        captions = write_captions(output, root, kept, cfg.captioner) if cfg.captioner.name != "given" else None
+        actions = recorded_actions(root, kept) if cfg.keep_actions else None
+        store.finish(rejected, fingerprint, captions, actions)
 
 
-def _headline(store: dict) -> dict:
+def _headline(output: Path, store: dict) -> dict:
+    num_rejected = num_duplicates = 0
+    for row in read_manifest(output):
+        num_rejected += row["status"] == "rejected"
+        num_duplicates += row["duplicate_of"] is not None
     return {
         "num_clips": len(store["clips"]),
-        "num_skipped": len(store["skipped"]),
+        "num_skipped": num_rejected,
+        "num_duplicates": num_duplicates,
         "num_frames": store["num_frames"],
         "num_without_caption": store["instructions"].count(""),
         "fps": store["fps"],
         "num_clips_of_other_fps": sum(fps != store["fps"] for fps in store["clip_fps"]),
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 
 # Calls waiting per worker: enough that none idles, few enough that little is lost with a crash.
-CALLS_AHEAD = 4
+CALLS_AHEAD = 8
 
 
 def call_in_order(function: Callable, calls: Iterable[tuple], num_workers: int) -> Generator:
@@ -32,7 +32,7 @@ def call_in_order(function: Callable, calls: Iterable[tuple], num_workers: int) 
             pass
         finally:
             pool.shutdown(cancel_futures=True)
-        yield _call_alone(function, unfinished.popleft())
+        yield call_alone(function, unfinished.popleft())
         waiting = chain(unfinished, waiting)
 
 
@@ -52,7 +52,8 @@ def _call_until_crash(
         yield result
 
 
-def _call_alone(function: Callable, call: tuple):
+def call_alone(function: Callable, call: tuple):
+    """function(*call) in a process of its own; None where the call kills it."""
     pool = _pool(1)
     try:
         return pool.submit(function, *call).result()

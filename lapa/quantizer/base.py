@@ -8,10 +8,12 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lapa.checkpoint import load_config, load_weights
+from lapa.data import FramePairs, FrameStore, frame_gap
 from lapa.quantizer.codebooks.base import Quantised, build_codebook
 from lapa.quantizer.targets.base import pixel_error
 from lapa.schema import Codebook, QuantizerModel, from_dict
@@ -128,3 +130,14 @@ def load_quantizer(folder: str | Path) -> LatentActionQuantizer:
         model.keep_context(torch.zeros(model.latent_shape))
     load_weights(folder, model)
     return model.eval()
+
+
+def quantizer_pairs(store: FrameStore, config: dict, episodes: np.ndarray) -> FramePairs:
+    """Pairs at the gap of the quantizer with this config.json: a time, so another rate has another gap in frames.
+
+    A gap that was stated in frames stays one in data of the same rate.
+    """
+    stated = store.fps == config["fps"] and (store.episode_fps is None or config.get("is_gap_in_frames", False))
+    return FramePairs(
+        store, frame_gap(store, config["frame_gap_s"], config["frame_gap_frames"] if stated else None), episodes
+    )

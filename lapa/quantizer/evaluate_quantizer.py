@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from lapa.checkpoint import load_config, write_json
-from lapa.data import FramePairs, FrameStore, frame_gap, open_frames
-from lapa.quantizer.base import LatentActionQuantizer, load_quantizer
+from lapa.data import FramePairs, FrameStore, open_frames
+from lapa.quantizer.base import LatentActionQuantizer, load_quantizer, quantizer_pairs
 from lapa.quantizer.evaluation import check_gate, evaluate, headline, quantizer_digest
 from lapa.quantizer.gallery import write_gallery
 from lapa.quantizer.latent_actions import LatentActions, code_statistics
@@ -97,13 +97,6 @@ def choose_episodes(store: FrameStore, config: dict, episodes: str, seed: int) -
     order = np.random.default_rng(seed).permutation(store.num_episodes)
     half = store.num_episodes // 2
     return np.sort(order[:half]), np.sort(order[half:])
-
-
-def quantizer_pairs(store: FrameStore, config: dict, episodes: np.ndarray) -> FramePairs:
-    """Pairs at the quantizer's gap, which is a time: another frame rate has another gap in frames."""
-    same_rate = store.fps == config.get("fps") and store.episode_fps is None
-    frames = config.get("frame_gap_frames") if same_rate else None
-    return FramePairs(store, frame_gap(store, config["frame_gap_s"], frames), episodes)
 
 
 def with_probe_data(store: FrameStore, probe_data: str | None, cache_dir: str | None) -> FrameStore:

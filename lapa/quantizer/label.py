@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from lapa.checkpoint import load_config, read_json, write_json, write_tensors
-from lapa.data import FramePairs, FrameStore, frame_gap, open_frames, to_float
+from lapa.data import FrameStore, open_frames, to_float
 from lapa.metrics import code_usage
-from lapa.quantizer.base import load_quantizer
+from lapa.quantizer.base import load_quantizer, quantizer_pairs
 from lapa.quantizer.evaluation import quantizer_digest
 from lapa.quantizer.latent_actions import ACTIVE_VARIANCE
 from lapa.runtime import setup
@@ -56,9 +56,7 @@ def run(cfg: LabelConfig) -> dict:
     gate = read_gate(cfg.quantizer, cfg.evaluation)
     model = load_quantizer(cfg.quantizer).to(compute.device)
     store = open_frames(cfg.data, config["image_size"], cfg.cache_dir)
-    # The gap is a time: another data set at another frame rate has another gap in frames.
-    gap = config["frame_gap_frames"] if store.fps == config["fps"] else frame_gap(store, config["frame_gap_s"], None)
-    pairs = FramePairs(store, gap, np.arange(store.num_episodes))
+    pairs = quantizer_pairs(store, config, np.arange(store.num_episodes))
 
     codebook = model.codebook
     latent_action = np.zeros((store.num_frames, codebook.num_codes), np.int64 if codebook.is_discrete else np.float32)
@@ -91,8 +89,8 @@ def run(cfg: LabelConfig) -> dict:
             "num_codes": codebook.num_codes,
             "code_length": config["codebook"]["code_length"],
             "codebook_size": size,
-            "frame_gap_frames": gap,
-            "frame_gap_s": gap / store.fps,
+            "frame_gap_frames": pairs.gap,
+            "frame_gap_s": pairs.gap / store.fps,
             "store_fingerprint": store.fingerprint,
             "num_frames": store.num_frames,
             "num_valid": int(is_valid.sum()),

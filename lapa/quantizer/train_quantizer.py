@@ -48,6 +48,7 @@ def run(cfg: TrainQuantizerConfig) -> dict:
         "image_size": cfg.model.image_size,
         "frame_gap_frames": gap,
         "frame_gap_s": gap / store.fps,
+        "is_gap_in_frames": data.frame_gap_frames is not None,
         "fps": store.fps,
         "data_fingerprint": store.fingerprint,
         "holdout_episodes": held_out_episodes.tolist(),

@@ -91,14 +91,15 @@ class PairSampler:
         first = self.pairs.first_frames[indices]
         batch = PairBatch(to_float(self.pairs.frames(indices), self.device))
         if shifts is not None and farther is not None:
-            farthest = np.minimum(int(self.max_gap_ratio * self.pairs.gap), self.steps_left[first])
-            ahead = self.pairs.gap + np.floor(farther[own] * (farthest - self.pairs.gap + 1)).astype(np.int64)
+            gaps = self.pairs.gaps[indices]
+            farthest = np.minimum((self.max_gap_ratio * gaps).astype(np.int64), self.steps_left[first])
+            ahead = gaps + np.floor(farther[own] * (farthest - gaps + 1)).astype(np.int64)
             batch.further_BCHW = to_float(self.pairs.store.frames[first + ahead], self.device)
             batch.shifts_BV2 = torch.from_numpy(shifts[own]).to(self.device)
         if self.words_EW is not None:
             batch.words_BW = self.words_EW[self.episode_of_frame[first]].to(self.device)
         if self.states is not None:
-            states = self.states[np.stack([first, first + self.pairs.gap], 1)]
+            states = self.states[self.pairs.frame_numbers(indices)]
             batch.states_B2S = torch.from_numpy(states).to(self.device)
         if self.is_labelled is not None:
             has_action = self.is_labelled[indices]
@@ -116,7 +117,7 @@ class PairSampler:
         """Mean and standard deviation (S,) of the first frames' states, and deviation of their change to the second."""
         assert self.states is not None
         present = self.states[self.pairs.first_frames]
-        change = self.states[self.pairs.first_frames + self.pairs.gap] - present
+        change = self.states[self.pairs.first_frames + self.pairs.gaps] - present
         return _mean(present), _deviation(present), _deviation(change)
 
 

@@ -77,6 +77,10 @@ class Perceptual(Target):
 
 
 def gradient_error(one_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
-    """Mean absolute difference of the two images' finite differences, along both axes."""
+    """Mean square of the difference between the two images' finite differences, along both axes.
+
+    Squared, since most pixels stand still: their absolute error has its kink just where prediction and frame agree,
+    and that holds the prediction at a copy of the first frame for good.
+    """
     difference_BCHW = one_BCHW - other_BCHW
-    return difference_BCHW.diff(dim=-1).abs().mean() + difference_BCHW.diff(dim=-2).abs().mean()
+    return difference_BCHW.diff(dim=-1).square().mean() + difference_BCHW.diff(dim=-2).square().mean()
