@@ -23,6 +23,11 @@ STAGES = {
     "demos": Stage(
         "scripted experts in MuJoCo -> LeRobotDataset, with and without actions", "envs.demos", "DemosConfig"
     ),
+    "train_realigner": Stage(
+        "clips with true captions -> captioner that edits noisy titles, measured",
+        "video_data.captions.train_realigner",
+        "TrainRealignerConfig",
+    ),
     "train_quantizer": Stage(
         "frame pairs -> latent-action quantizer", "lapa.quantizer.train_quantizer", "TrainQuantizerConfig"
     ),

@@ -63,15 +63,17 @@ class DemosConfig:
 
 @dataclass
 class Captioner:
-    """Who writes the caption of a clip: the data set itself, or a vision-language model that looks at it."""
+    """Who writes the caption of a clip: the data set itself, or a model that looks at it."""
 
-    name: str = "given"  # given (the caption that came with the clip) | vlm (a Hugging Face image-text-to-text model)
-    only_missing: bool = True  # vlm: leave the clips alone that came with a caption
-    model: str | None = None  # vlm: a local folder with config, processor and safetensors
+    # given (what came with the clip) | vlm (a Hugging Face image-text-to-text model) | realigner (edits what came)
+    name: str = "given"  # given | vlm | realigner
+    only_missing: bool = True  # leave the clips alone that came with a caption; a realigner needs false
+    model: str | None = None  # vlm: a local folder with config, processor and safetensors; realigner: seed<n>/realigned
     prompt: str = "Describe in one short sentence what is done in this video."
-    num_frames: int = 4  # vlm: frames shown, spread evenly over the clip
-    batch_size: int = 8  # vlm: clips captioned at once
-    max_new_tokens: int = 40
+    num_frames: int = 4  # frames shown, spread evenly over the clip
+    batch_size: int = 8  # clips captioned at once
+    max_new_tokens: int = 40  # vlm
+    num_rounds: int = 1  # realigner: each round edits what the one before wrote
     device: str = "auto"  # auto | cpu | cuda | cuda:N
 
 
@@ -122,6 +124,47 @@ class IngestConfig:
     shard: int = 0  # which of them this run is
     runner: str = "local"  # local (processes of this machine) | ray (Ray Data, output_dir on a disk that all nodes see)
     num_workers: int = 2
+
+
+@dataclass
+class RealignerModel:
+    """A small captioner that reads a noisy title (after Altogether, arXiv 2410.17251)."""
+
+    num_frames: int = 2  # of a clip that are looked at, spread from first to last
+    encoder_width: int = 32
+    num_visual_tokens: int = 4  # attention maps over the frames
+    num_prefix_tokens: int = 4
+    width: int = 64  # of mapper and decoder
+    num_heads: int = 4
+    num_mapper_layers: int = 1
+    num_layers: int = 2  # of the decoder
+    max_title_words: int = 20  # the rest is cut off
+    max_caption_words: int = 16
+
+
+@dataclass
+class TrainRealignerConfig:
+    """`lapa train_realigner`: clips with true captions teach a captioner to edit noisy titles; measured on others.
+
+    The model in seed<n>/realigned is what `lapa ingest captioner.name=realigner captioner.model=...` takes.
+    """
+
+    data: str = MISSING  # a frame store written by `lapa ingest`, with true captions of coloured objects
+    output_dir: str = MISSING
+    num_training_clips: int = 2000  # the others are held out: measured, and written with raw, realigned, true captions
+    holdout_seed: int = 0  # which clips are held out, and their titles
+    realigner: RealignerModel = field(default_factory=RealignerModel)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the arms; they share one image encoder
+    encoder_steps: int = 800  # of the image encoder, before it is frozen
+    num_steps: int = 600  # of each arm
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 50
+    empty_title_share: float = 0.5  # of the titles in training that are replaced by nothing
+    num_rounds: int = 2  # rounds of editing that are measured
+    checkpoint_every_steps: int = 100
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
 
 
 @dataclass

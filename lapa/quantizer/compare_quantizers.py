@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lapa.checkpoint import CONFIG_FILE, read_json
-from lapa.schema import CompareQuantizersConfig
+from lapa.schema import GROUPS, CompareQuantizersConfig
 from lapa.stage import NOT_COMPARED, RECORD, flatten
 
 STAGES = ("train_quantizer", "evaluate_quantizer")
@@ -28,6 +28,7 @@ PLACES = {"output_dir", "quantizer"}  # where a run lies
 # 97.5% quantile of Student's t for 1, 2, ... degrees of freedom; the normal's from 30 on is close enough.
 STUDENT_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 NORMAL = 1.96
+FEW_SEEDS = 5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -154,13 +155,26 @@ def compared(options: dict) -> dict:
 
 
 def row_names(options: list[dict]) -> list[str]:
-    """Each row by the options in which it differs from another that has them too: codebook=fsq, target=pixels."""
+    """Each row by the options in which it differs from another that has them too: codebook=fsq, target=pixels.
+
+    What a choice of a group has by default is not said: its name says that.
+    """
     differing = []
     for name in dict.fromkeys(name for one in options for name in one):
         if len({repr(one[name]) for one in options if name in one}) > 1:
             differing.append(name)
-    names = [[f"{name.removesuffix('.name')}={one[name]}" for name in differing if name in one] for one in options]
+    names = [
+        [f"{name.removesuffix('.name')}={one[name]}" for name in differing if name in one and not is_default(name, one)]
+        for one in options
+    ]
     return [", ".join(parts) or "all alike" for parts in names]
+
+
+def is_default(name: str, options: dict) -> bool:
+    """Whether `group.field` has the value that this choice of the group starts with."""
+    group, _, field = name.partition(".")
+    choice = GROUPS.get(group, {}).get(options.get(f"{group}.name"))
+    return choice is not None and field != "name" and getattr(choice(), field, None) == options[name]
 
 
 def estimates(runs: list[Run], names: set[str]) -> dict[str, Estimate]:
@@ -204,8 +218,8 @@ def markdown(rows: list[Row], columns: list[str], unknown: list[str]) -> str:
         cells += [cell(row.estimates.get(name), len(row.finished)) for name in columns]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "mean [95% interval over seeds and held-out episodes] (least to greatest of the seeds)"]
-    if any(1 < len(row.finished) < 5 for row in rows):
-        lines += ["", "With fewer than 5 seeds an interval rests on few draws: look at least and greatest too."]
+    if any(1 < len(row.finished) < FEW_SEEDS for row in rows):
+        lines += ["", f"With fewer than {FEW_SEEDS} seeds an interval rests on few draws: see least and greatest too."]
     if any(len(row.finished) == 1 for row in rows):
         lines += ["", "With one seed the interval is over episodes alone: it says nothing of another training."]
     if unknown:
@@ -249,8 +263,9 @@ def write_table(path: Path, rows: list[Row], columns: list[str]) -> None:
 
 
 def shown_span(estimate: Estimate, row: Row) -> tuple[float, float]:
-    """What the bars of the picture span: the interval, but least to greatest of two seeds, whose interval is vast."""
-    return (estimate.least, estimate.greatest) if len(row.finished) == 2 else (estimate.low, estimate.high)
+    """What the bars of the picture span: the interval, but least to greatest of few seeds, whose interval is vast."""
+    few = 1 < len(row.finished) < FEW_SEEDS
+    return (estimate.least, estimate.greatest) if few else (estimate.low, estimate.high)
 
 
 def write_text(path: Path, text: str) -> None:
