@@ -42,6 +42,10 @@ def launch(verb: str, options: list[str]) -> None:
     is_multirun = bool({"--multirun", "-m"} & set(options))
     overrides = [option for option in options if "=" in option and not option.startswith("-")]
     flags = [option for option in options if option not in overrides]
+    if is_multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A job that fails in one process would pair it with the next job of the others.
+        print("lapa: --multirun and torchrun exclude each other: start the jobs one by one", file=sys.stderr)
+        sys.exit(2)
     failures: list[str] = []
     num_jobs = 0
 
@@ -128,14 +132,21 @@ def _option_lines(config, prefix: str) -> list[str]:
         if field.type in choices:
             lines.append(f"  {name:<34} one of {' | '.join(choices[field.type])}, each with its options:")
             for choice, node in choices[field.type].items():
-                fields = [f for f in dataclasses.fields(node) if f.name != "name"]
-                lines.append(f"    {name}={choice}: " + ", ".join(f"{name}.{f.name}={f.default}" for f in fields))
+                lines.append(f"    {f'{name}={choice}':<32} {inspect.cleandoc(node.__doc__ or '').splitlines()[0]}")
+                node_comments = _field_comments(node)
+                for option in dataclasses.fields(node):
+                    if option.name != "name":
+                        shown = f"{name}.{option.name}={_shown(option.default)}"
+                        lines.append(f"      {shown:<30} {node_comments.get(option.name, '')}".rstrip())
         elif dataclasses.is_dataclass(value):
             lines += _option_lines(value, f"{name}.")
         else:
-            shown = "required" if value == schema.MISSING else "null" if value is None else value
-            lines.append(f"  {f'{name}={shown}':<34} {comments.get(field.name, '')}".rstrip())
+            lines.append(f"  {f'{name}={_shown(value)}':<34} {comments.get(field.name, '')}".rstrip())
     return lines
+
+
+def _shown(value) -> str:
+    return "required" if value == schema.MISSING else "null" if value is None else str(value)
 
 
 def _bases(choices: dict[str, type]) -> set[type]:

@@ -148,6 +148,8 @@ def copy_main(model: nn.Module) -> None:
     if world_size() == 1:
         return
     for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.numel():
+            continue
         # Gloo knows no bool.
         dist.broadcast(tensor.data.view(torch.uint8) if tensor.dtype == torch.bool else tensor.data, 0)
 

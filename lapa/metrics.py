@@ -186,7 +186,7 @@ def usage_samples(codes_BN: np.ndarray, codebook_size: int, bootstrap: EpisodeBo
         "token_perplexity": np.mean(perplexity_NR, 0),
         "codes_in_use": (counts_RU > 0).sum(1),
         "perplexity": joint_R,
-        "perplexity_ratio": joint_R / float(codebook_size) ** codes_BN.shape[1],
+        "perplexity_ratio": np.exp(np.log(joint_R) - codes_BN.shape[1] * math.log(codebook_size)),
     }
 
 

@@ -132,7 +132,7 @@ class RealignerModel:
 
     num_frames: int = 2  # of a clip that are looked at, spread from first to last
     encoder_width: int = 32
-    num_visual_tokens: int = 4  # attention maps over the frames
+    num_visual_tokens: int = 4  # attention maps over the frames, and one of what is anywhere in them
     num_prefix_tokens: int = 4
     width: int = 64  # of mapper and decoder
     num_heads: int = 4
@@ -396,6 +396,7 @@ class QuantizerGate:
     min_perplexity_ratio: float = 0.05  # of codebook_size ** code_length, or of the number of pairs if smaller
     min_delta_psnr_db: float = 0.0
     require_beat_copy: bool = True
+    require_nearer_future: bool = True  # the prediction is nearer the second frame than the first
     require_all_codes: bool = True  # every code of the per-token vocabulary in use
     min_active_dimensions: int = 2  # of a continuous codebook, in place of the numbers on codes
 

@@ -141,6 +141,9 @@ def group_runs(runs: list[Run], columns: list[str]) -> list[Row]:
         grouped[tuple(sorted((name, repr(value)) for name, value in compared(one.options).items()))].append(one)
     groups = list(grouped.values())
     names = row_names([compared(group[0].options) for group in groups])
+    data = [group[0].options.get("evaluation.data") for group in groups]
+    if len(set(data)) > 1:
+        names = [name + (f", evaluated on {path}" if path else "") for name, path in zip(names, data, strict=True)]
     wanted = {*columns, "linear_probe_r2", "delta_psnr_db"}
     return [Row(name, group, estimates(group, wanted)) for name, group in zip(names, groups, strict=True)]
 
@@ -173,7 +176,7 @@ def row_names(options: list[dict]) -> list[str]:
 def is_default(name: str, options: dict) -> bool:
     """Whether `group.field` has the value that this choice of the group starts with."""
     group, _, field = name.partition(".")
-    choice = GROUPS.get(group, {}).get(options.get(f"{group}.name"))
+    choice = GROUPS.get(group, {}).get(str(options.get(f"{group}.name")))
     return choice is not None and field != "name" and getattr(choice(), field, None) == options[name]
 
 

@@ -24,6 +24,8 @@ from lapa.quantizer.latent_actions import LatentActions, code_statistics
 from lapa.runtime import Compute, setup
 from lapa.schema import EvaluateQuantizerConfig, QuantizerGate
 
+MOST_REENCODED = 8.0  # grey levels by which another encoding of the same frames may differ on average
+
 
 def run(cfg: EvaluateQuantizerConfig) -> dict:
     """Evaluate a quantizer folder on a data set; returns the headline metrics and whether the gate passed."""
@@ -40,9 +42,19 @@ def run(cfg: EvaluateQuantizerConfig) -> dict:
     if cfg.data2 is not None:
         other = open_frames(cfg.data2, config["image_size"], cfg.cache_dir)
         other_pairs = quantizer_pairs(other, config, np.arange(other.num_episodes))
-    digest = quantizer_digest(cfg.quantizer)
+    trained_on_these = cfg.episodes == "all" and config.get("data_fingerprint") == store.fingerprint
     return measure(
-        output_dir, model, digest, train_pairs, pairs, cfg.num_pairs, cfg.seed, cfg.gate, compute, other_pairs
+        output_dir,
+        model,
+        quantizer_digest(cfg.quantizer),
+        train_pairs,
+        pairs,
+        cfg.num_pairs,
+        cfg.seed,
+        cfg.gate,
+        compute,
+        other_pairs,
+        is_held_out=not trained_on_these,
     )
 
 
@@ -57,6 +69,7 @@ def measure(
     gate: QuantizerGate,
     compute: Compute,
     other_pairs: FramePairs | None = None,
+    is_held_out: bool = True,
 ) -> dict:
     """Write metrics.json, codes.csv and images/ into `output_dir`; returns the headline.
 
@@ -64,6 +77,7 @@ def measure(
         digest: `quantizer_digest` of the model's folder.
         train_pairs: what probes are fitted on. pairs: what everything is measured on.
         other_pairs: of another data set, whose scenes latent actions of `pairs` are applied to.
+        is_held_out: whether training never saw `pairs`; `lapa label` takes no gate from others.
     """
     metrics, encoded = evaluate(model, train_pairs, pairs, num_pairs, seed, compute, other_pairs)
     verdict = check_gate(metrics, gate)
@@ -71,7 +85,8 @@ def measure(
     if model.codebook.is_discrete:
         write_codes(output_dir / "codes.csv", encoded, displacements)
     write_gallery(output_dir / "images", model, pairs, encoded, compute, displacements, other_pairs)
-    write_json(output_dir / "metrics.json", metrics | {"gate": verdict, "quantizer_digest": digest})
+    about = {"gate": verdict, "quantizer_digest": digest, "is_held_out": is_held_out}
+    write_json(output_dir / "metrics.json", metrics | about)
     return headline(metrics) | {"gate_passed": verdict["passed"]}
 
 
@@ -110,6 +125,13 @@ def with_probe_data(store: FrameStore, probe_data: str | None, cache_dir: str | 
         raise ValueError(
             f"probe_data {probe_data} has {probe_store.num_episodes} episodes of other lengths than the "
             f"{store.num_episodes} of the data: expected the same episodes with actions"
+        )
+    picks = np.linspace(0, store.num_frames - 1, min(64, store.num_frames)).astype(int)
+    difference = np.abs(store.frames[picks].astype(np.int16) - probe_store.frames[picks]).mean()
+    if difference > MOST_REENCODED:
+        raise ValueError(
+            f"probe_data {probe_data} shows other frames than the data (mean difference {difference:.0f} of 255): "
+            "expected the same episodes with actions, in the same order"
         )
     states = store.states if probe_store.states is None else probe_store.states
     return replace(store, actions=probe_store.actions, states=states)

@@ -7,6 +7,7 @@ Shapes: B pairs, N columns of codes, R resamples.
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def usage(model: LatentActionQuantizer, held_out: LatentActions, bootstrap: Epis
     size, num_codes = model.codebook.codebook_size, model.codebook.num_codes
     samples = usage_samples(held_out.codes, size, bootstrap)
     # No more latent actions can be seen than there are pairs.
-    ceiling = min(float(size) ** num_codes, float(len(held_out.codes)))
+    ceiling = float(min(size**num_codes, len(held_out.codes)))
     samples |= {
         "joint_utilisation": samples["codes_in_use"] / ceiling,
         "perplexity_of_ceiling": samples["perplexity"] / ceiling,
@@ -126,7 +127,7 @@ def headline(metrics: dict[str, float]) -> dict[str, float]:
 
 def check_gate(metrics: dict[str, float], gate: QuantizerGate) -> dict:
     """{"passed": bool, "reasons": [why not, one sentence each]}."""
-    reasons = []
+    reasons = [f"{name} is not a number" for name, value in metrics.items() if not math.isfinite(value)]
     if "active_dimensions" in metrics:
         if metrics["active_dimensions"] < gate.min_active_dimensions:
             reasons.append(
@@ -145,6 +146,11 @@ def check_gate(metrics: dict[str, float], gate: QuantizerGate) -> dict:
             f"the prediction ({metrics['psnr_db']:.2f} dB) is no better than repeating the first frame "
             f"({metrics['copy_psnr_db']:.2f} dB)"
         )
+    if gate.require_nearer_future and metrics["error_to_future"] >= metrics["error_to_present"]:
+        reasons.append(
+            f"the prediction is nearer the first frame (error {metrics['error_to_present']:.5f}) than the second "
+            f"({metrics['error_to_future']:.5f}): it hardly moves"
+        )
     if "linear_probe_r2" in metrics and metrics["linear_probe_r2"] <= max(0.0, metrics["present_frame_probe_r2"]):
         reasons.append(
             f"the latent actions tell the true action no better (R2 {metrics['linear_probe_r2']:.2f}) than the first "
@@ -155,7 +161,7 @@ def check_gate(metrics: dict[str, float], gate: QuantizerGate) -> dict:
 
 def _usage_reasons(metrics: dict[str, float], gate: QuantizerGate) -> list[str]:
     reasons = []
-    reachable = min(metrics["perplexity"] / metrics["perplexity_ratio"], metrics["num_pairs"])
+    reachable = metrics["perplexity_ceiling"]
     if metrics["perplexity"] < gate.min_perplexity_ratio * reachable:
         reasons.append(
             f"the codebook collapsed: perplexity {metrics['perplexity']:.1f} is "

@@ -118,6 +118,11 @@ def read_gate(quantizer: str, evaluation: str | None) -> dict:
     metrics = read_json(path)
     if "gate" not in metrics:
         raise ValueError(f"{path} has no gate: expected a folder of `lapa evaluate_quantizer`")
+    if not metrics.get("is_held_out", True):
+        raise ValueError(
+            f"the evaluation in {evaluation} is on episodes that the quantizer was trained on: "
+            "run `lapa evaluate_quantizer` with episodes=held_out"
+        )
     if evaluation is not None and metrics.get("quantizer_digest") != quantizer_digest(quantizer):
         raise ValueError(
             f"the evaluation in {evaluation} is of other weights than {quantizer} holds: "

@@ -29,6 +29,8 @@ def run(cfg: TrainQuantizerConfig) -> dict:
     train_episodes, held_out_episodes = split_episodes(
         store, data.holdout_fraction, data.holdout_seed, data.holdout_sources
     )
+    if not len(held_out_episodes):
+        raise ValueError("data.holdout_fraction is 0: metrics and gate need held-out episodes, such as 0.1 of them")
     # Actions reach the probes of `evaluate` and, for the episodes that `grounding` names, the sampler; nothing else.
     store = with_probe_data(store, cfg.probe_data, data.cache_dir)
     train_pairs = FramePairs(store, gap, train_episodes)
@@ -47,7 +49,7 @@ def run(cfg: TrainQuantizerConfig) -> dict:
     config = model.description() | {
         "image_size": cfg.model.image_size,
         "frame_gap_frames": gap,
-        "frame_gap_s": gap / store.fps,
+        "frame_gap_s": data.frame_gap_s if data.frame_gap_frames is None else gap / store.fps,
         "is_gap_in_frames": data.frame_gap_frames is not None,
         "fps": store.fps,
         "data_fingerprint": store.fingerprint,
@@ -57,6 +59,8 @@ def run(cfg: TrainQuantizerConfig) -> dict:
         "proprioception": asdict(cfg.proprioception),
         "grounding": asdict(cfg.grounding),
     }
+    # A verdict on other weights must not outlive them, whenever this process is killed.
+    (output_dir / "metrics.json").unlink(missing_ok=True)
     save_model(output_dir, model.state_dict(), config)
     # Drawn by the holdout's seed, so that runs of every training seed are measured on the same pairs.
     results = measure(

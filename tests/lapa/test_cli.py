@@ -55,3 +55,11 @@ def test_experiment_is_applied_over_the_defaults_from_any_directory(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "run_dir: outputs/quickstart" in done.stdout
     assert not list(tmp_path.iterdir()), "composing a configuration writes nothing"
+
+
+def test_a_sweep_in_several_processes_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stopped:
+        application.launch("label", ["--multirun", "batch_size=1,2"])
+    assert stopped.value.code == 2
+    assert "exclude each other" in capsys.readouterr().err

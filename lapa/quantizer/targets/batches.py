@@ -73,7 +73,8 @@ class PairSampler:
         is_labelled = np.isin(episode_of_pair, chosen)
         self.labelled_pairs = np.flatnonzero(is_labelled)
         # Spread over the batch, so that every data-parallel slice of it has its share.
-        self.labelled_places = np.arange(0, self.batch_size, max(1, round(1 / grounding.share_of_batch)))
+        num_labelled = max(1, round(grounding.share_of_batch * self.batch_size))
+        self.labelled_places = np.arange(num_labelled) * self.batch_size // num_labelled
         return is_labelled
 
     def __call__(self, generator: np.random.Generator) -> PairBatch:

@@ -55,3 +55,9 @@ def moving_discs(tmp_path_factory) -> Path:
 def other_discs(tmp_path_factory) -> Path:
     """Another such store, of other episodes."""
     return write_store(tmp_path_factory.mktemp("data") / "others", num_episodes=10, seed=1)
+
+
+@pytest.fixture(scope="session")
+def equally_long_discs(tmp_path_factory) -> Path:
+    """A store of other episodes, as many and as long as those of `moving_discs`."""
+    return write_store(tmp_path_factory.mktemp("data") / "equally_long", seed=1)

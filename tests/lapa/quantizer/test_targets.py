@@ -289,6 +289,7 @@ def test_grounding_sees_the_actions_of_its_episodes_alone(store):
         batches = [sampler(np.random.default_rng(step)) for step in range(5)]
         seen[name] = torch.cat([batch.actions_BA for batch in batches])
         assert all(batch.has_action_B.sum() >= 2 for batch in batches)
+        assert len(sampler.labelled_places) == round(0.25 * config.training.batch_size)
         assert all((batch.actions_BA[~batch.has_action_B] == 0).all() for batch in batches)
         seen[f"{name} statistics"] = torch.cat(sampler.action_statistics())
     assert torch.equal(seen["clean"], seen["held out"])
