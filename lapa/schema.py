@@ -107,7 +107,7 @@ class IngestConfig:
     source_column: str = "lab"
     layout: str = "auto"  # how the clips lie on disk: see docs/video_data.md; auto: told by what is in path
     licence: str = ""  # of the clips whose data set states none; counted as unknown where empty
-    camera: str | None = None  # LeRobot and RLDS: which image feature; default: the first in alphabetical order
+    camera: str | None = None  # LeRobot, RLDS: which image feature; default: the first by name that is no depth image
     keep_actions: bool = False  # LeRobot: also refer to the episode's actions and states, for finetuning
     image_fps: float = 10.0  # frames/s of layouts that store images without a rate (laq_jpeg, rlds)
     window_s: float = 4.0  # Ego4D: length of the clip around a narration, which has one point in time

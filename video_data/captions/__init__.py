@@ -38,4 +38,8 @@ def captioner(options) -> Captioner:
         from video_data.captions.vision_language_model import VisionLanguageCaptioner
 
         return VisionLanguageCaptioner(options)
-    raise ValueError(f"captioner.name is {options.name!r}, expected given or vlm")
+    if options.name == "realigner":
+        from video_data.captions.realigner import RealigningCaptioner
+
+        return RealigningCaptioner(options)
+    raise ValueError(f"captioner.name is {options.name!r}, expected given or vlm or realigner")

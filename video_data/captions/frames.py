@@ -1,6 +1,7 @@
 """The frames of a clip that a captioner is shown: a few, spread over the clip, at full size."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import av
@@ -20,7 +21,8 @@ def shown_frames(request: ClipRequest, root: Path, num_frames: int, fps: float, 
     ValueError where the clip has no frames any more, and OSError where its media is gone.
     """
     wanted = spread(num_frames, num_shown)
-    shown = list(_pick(_frames(request, root, fps), wanted))
+    with contextlib.closing(_frames(request, root, fps)) as frames:
+        shown = list(_pick(frames, wanted))
     if not shown:
         raise ValueError(f"clip {request.id} has no frames: {request.video} was changed since it was ingested")
     return np.stack(shown)
@@ -43,18 +45,26 @@ def _pick(frames: Iterator[av.VideoFrame], wanted: list[int]) -> Iterator[np.nda
             return
 
 
-def _frames(request: ClipRequest, root: Path, fps: float) -> Iterator[av.VideoFrame]:
+def _frames(request: ClipRequest, root: Path, fps: float) -> Generator[av.VideoFrame]:
     """The frames of a clip's span, in order."""
     media = open_media(request, root)
-    if isinstance(media, list):
-        for image in media:
-            with av.open(image if hasattr(image, "read") else str(image), "r") as container:
-                yield next(container.decode(video=0))
-        return
-    start_s = (request.start_s or 0.0) - 0.5 / fps
-    with av.open(media if hasattr(media, "read") else str(media), "r", metadata_errors="ignore") as container:
-        if start_s > MIN_SEEK_S:
-            container.seek(int(start_s * av.time_base) + (container.start_time or 0))
-        for frame in container.decode(video=0):
-            if request.start_s is None or frame.time is None or frame.time >= start_s:
-                yield frame
+    try:
+        if isinstance(media, list):
+            for image in media:
+                with av.open(str(image) if isinstance(image, Path) else image, "r") as container:
+                    yield next(container.decode(video=0))
+            return
+        start_s = (request.start_s or 0.0) - 0.5 / fps
+        with av.open(str(media) if isinstance(media, Path) else media, "r", metadata_errors="ignore") as container:
+            stream = container.streams.video[0]
+            # Spans count from the stream's first frame, whose time need not be 0.
+            first_s = float((stream.start_time or 0) * (stream.time_base or 0))
+            if start_s > MIN_SEEK_S:
+                container.seek(int(start_s * av.time_base) + (container.start_time or 0))
+            for frame in container.decode(stream):
+                if request.start_s is None or frame.time is None or frame.time - first_s >= start_s:
+                    yield frame
+    finally:
+        for opened in media if isinstance(media, list) else [media]:
+            if not isinstance(opened, Path):
+                opened.close()
