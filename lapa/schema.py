@@ -155,10 +155,10 @@ class TrainRealignerConfig:
     holdout_seed: int = 0  # which clips are held out, and their titles
     realigner: RealignerModel = field(default_factory=RealignerModel)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the arms; they share one image encoder
-    encoder_steps: int = 800  # of the image encoder, before it is frozen
-    num_steps: int = 600  # of each arm
+    encoder_steps: int = 2500  # of the image encoder, before it is frozen
+    num_steps: int = 500  # of each arm
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup_steps: int = 50
     empty_title_share: float = 0.5  # of the titles in training that are replaced by nothing

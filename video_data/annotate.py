@@ -7,26 +7,26 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from video_data.captions import captioner
+from video_data.captions import Captioner
 from video_data.captions.frames import shown_frames
 from video_data.clips import ClipRequest
 from video_data.sources.lerobot import read_actions
+from video_data.store import write_text
 
 
-def write_captions(folder: Path, root: Path, kept: list[dict], options) -> list[dict]:
-    """{"caption", "caption_origin"} of every kept clip, from the writer that `options` (Captioner) names.
+def write_captions(folder: Path, root: Path, kept: list[dict], writer: Captioner, options) -> list[dict]:
+    """{"caption", "caption_origin"} of every kept clip, from `writer`, which was made of `options`.
 
-    kept: rows of the manifest, whose media lie in `root`. What is written goes to captions.jsonl in `folder` at once,
-    so a run that was killed goes on behind it.
+    kept: rows of the manifest, whose media lie in `root`. options: lapa.schema.Captioner. What is written goes to
+    captions.jsonl in `folder` at once, so a run that was killed goes on behind it; one with other options begins
+    anew, as the first line tells.
     """
     done = folder / "captions.jsonl"
+    header = json.dumps({"captioner": repr(options)})
     lines = done.read_text(encoding="utf-8").split("\n")[:-1] if done.is_file() else []
-    captions = [json.loads(line) for line in lines]
+    captions = [json.loads(line) for line in lines[1:]] if lines[:1] == [header] else []
     # What follows the last line end was being written when the run was killed.
-    done.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    if len(captions) == len(kept):
-        return captions
-    writer = captioner(options)
+    write_text(done, "".join(line + "\n" for line in (header, *map(json.dumps, captions))))
     with (
         done.open("a", encoding="utf-8") as file,
         tqdm(total=len(kept), initial=len(captions), desc="caption", unit="clip", mininterval=1.0) as progress,

@@ -98,6 +98,7 @@ def _decode(
     """Open, hash and decode the media of `request`."""
     try:
         media = open_media(request, root)
+        is_empty = isinstance(media, Path) and not media.stat().st_size
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         for record in records:
@@ -105,12 +106,18 @@ def _decode(
             record.reason = f"cannot be opened: {reason}"
         return Probe(), None
     try:
-        if isinstance(media, Path) and not media.stat().st_size:
+        if is_empty:
             for record in records:
                 record.close()
                 record.reason = "the file is empty"
             return Probe(), None
-        return decode(media, request.fps, records, options), _sha256(media)
+        probe = decode(media, request.fps, records, options)
+        try:
+            return probe, _sha256(media)
+        except OSError as error:
+            for record in records:
+                record.reason = record.reason or f"cannot be read: {error.strerror or error}"
+            return probe, None
     finally:
         for opened in media if isinstance(media, list) else [media]:
             if not isinstance(opened, Path):

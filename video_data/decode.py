@@ -49,6 +49,10 @@ class DamagedFrame(Exception):
     """The decoder marked a frame as corrupt."""
 
 
+class PartNotWritten(OSError):
+    """The frames of a clip could not be written: the disk's fault, where any other OSError is the media's."""
+
+
 @dataclass
 class ClipRecord:
     """One clip while it is decoded: its frames go to the file `part`, its times and samples stay here."""
@@ -59,6 +63,7 @@ class ClipRecord:
     samples: list[Sample] = field(default_factory=list)
     pictures: list[tuple[int, np.ndarray]] = field(default_factory=list)  # full size, where a filter asks for them
     reason: str | None = None
+    complete: bool = False  # its span was decoded to its end: what comes behind does not matter to it
     _picture_stride: int = 1
     _last_sampled: np.ndarray | None = None
     _last_tick: int | None = None
@@ -71,7 +76,10 @@ class ClipRecord:
         return self.request.end_s is not None and time_s >= self.request.end_s - half_frame_s
 
     def add(self, pixels: np.ndarray, time_s: float) -> None:
-        self._file.write(pixels.data)
+        try:
+            self._file.write(pixels.data)
+        except OSError as error:
+            raise PartNotWritten(error.errno, error.strerror, str(self.part)) from error
         self.times_s.append(time_s)
 
     def wants_sample(self, tick: int) -> bool:
@@ -115,7 +123,7 @@ def decode(
 ) -> Probe:
     """Feed `clips` from one pass over `media`. A clip that cannot be completed gets a `reason`.
 
-    OSError from writing is raised: a full disk is no fault of the clip.
+    An OSError from writing is raised, for a full disk is no fault of the clip; one from reading `media` is a reason.
     """
     probe = Probe()
     try:
@@ -127,8 +135,10 @@ def decode(
         _fail(clips, str(error))
     except av.error.FFmpegError as error:
         _fail(clips, f"cannot be decoded: {error.strerror}")
-    except OSError:
+    except PartNotWritten:
         raise
+    except OSError as error:
+        _fail(clips, f"cannot be read: {error.strerror or error}")
     except Exception as error:  # whatever a decoder makes of a damaged file costs its clips, never the run
         _fail(clips, f"cannot be decoded: {type(error).__name__}: {error}")
     finally:
@@ -180,8 +190,10 @@ def _feed(
         num_frames += 1
         while waiting and (waiting[0].request.start_s is None or time_s >= waiting[0].request.start_s - half_frame_s):
             active.append(waiting.pop(0))
-        if any(clip.is_past(time_s, half_frame_s) for clip in active):
-            active = [clip for clip in active if not clip.is_past(time_s, half_frame_s)]
+        for clip in active:
+            clip.complete = clip.is_past(time_s, half_frame_s)
+        if any(clip.complete for clip in active):
+            active = [clip for clip in active if not clip.complete]
             if not active and not waiting:
                 return None
         if not active:
@@ -260,7 +272,7 @@ def _image_frames(images: list, fps: float | None, probe: Probe) -> Iterator[tup
 def _fail(clips: list[ClipRecord], reason: str) -> None:
     """Reject the clips that are not complete yet."""
     for clip in clips:
-        if clip.reason is None:
+        if clip.reason is None and not clip.complete:
             clip.reason = reason
 
 

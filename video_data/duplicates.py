@@ -13,6 +13,8 @@ NUM_FRAMES = 8
 HASH_BYTES = NUM_FRAMES * 8
 # Mean bits of 64 a frame in which re-encoded copies of a clip differ at most; clips of one scene differ by 4 or more.
 MAX_BITS = 6.5
+# Candidates whose pictures are compared: clips of one fixed camera may be candidates of each other by the thousand.
+MAX_CANDIDATES = 64
 COMPARED_SIDE = 32  # pixels
 # Grey levels that all but a hundredth of the compared pixels agree to. Copies of half the size, a tenth of the bits or
 # another brightness differ by up to 20 (11 clips of DROID and Bridge), other clips of one scene by 30 and more.
@@ -67,11 +69,14 @@ class HashIndex:
         self._index = faiss.IndexBinaryFlat(HASH_BYTES * 8)
 
     def near(self, clip_hash: bytes) -> list[tuple[int, float]]:
-        """(number, mean bits a frame) of the clips within `MAX_BITS`, nearest first, then earliest."""
+        """(number, mean bits a frame) of up to `MAX_CANDIDATES` clips within `MAX_BITS`, nearest first, then earliest.
+
+        clip_hash: 64 bytes, as `perceptual_hash` makes them.
+        """
         query = np.frombuffer(clip_hash, np.uint8)[None]
         # faiss looks for distances below the radius.
         _, distances, numbers = self._index.range_search(query, int(MAX_BITS * NUM_FRAMES) + 1)
-        found = sorted(zip(distances.tolist(), numbers.tolist(), strict=True))
+        found = sorted(zip(distances.tolist(), numbers.tolist(), strict=True))[:MAX_CANDIDATES]
         return [(number, distance / NUM_FRAMES) for distance, number in found]
 
     def add(self, clip_hash: bytes) -> None:

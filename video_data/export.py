@@ -30,6 +30,8 @@ from video_data.store import read_manifest, write_text
 CLIPS_A_SHARD = 50
 RATE_TOLERANCE = 0.02  # rates closer than this are one rate; frames are then taken one by one
 CRF, PRESET, PIXEL_FORMAT = 18, "veryfast", "yuv420p"
+# As PyAV names their decoders: what MP4 can hold. Packets of others have to be encoded.
+COPIED_CODECS = {"h264", "hevc", "mpeg4", "vp9", "libvpx-vp9", "av1", "libdav1d", "mjpeg"}
 DEFAULT_KEYFRAME_INTERVAL = 12  # frames, of the clips that have to be encoded in a data set of copied ones
 
 
@@ -47,10 +49,15 @@ class Target:
 def export_lerobot(root: Path, output: Path, keyframe_interval: int, runner: str, num_workers: int) -> Path:
     """Write <output>/lerobot from the frame store and manifest in `output`; returns it. Nothing to do where it is.
 
-    root: what the clips' paths are relative to. Raises ValueError for a clip that can no longer be read.
+    root: what the clips' paths are relative to. The options stand beside it, in lerobot.json. Raises ValueError for a
+    clip that can no longer be read, and where the folder was written with another key-frame interval.
     """
-    folder = output / "lerobot"
+    folder, record = output / "lerobot", output / "lerobot.json"
+    written = {"export_keyframe_interval": keyframe_interval}
     if folder.is_dir():
+        found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else "not recorded"
+        if found != written:
+            raise ValueError(f"the options of {folder} are {found}, expected {written}: delete it to export again")
         return folder
     rows = [row for row in read_manifest(output) if row["status"] == "kept"]
     target = _target(rows, keyframe_interval)
@@ -70,6 +77,7 @@ def export_lerobot(root: Path, output: Path, keyframe_interval: int, runner: str
         for number, group in enumerate(groups)
         for row, clip in zip(group, json.loads((shards / str(number) / "clips.json").read_text()), strict=True)
     ]
+    write_text(record, json.dumps(written))
     write_dataset(folder, episodes, _pixel_samples(output), target.fps)
     shutil.rmtree(shards)
     return folder
@@ -143,6 +151,7 @@ class ShardWriter:
         return (
             not target.keyframe_interval
             and not isinstance(media, list)
+            and row["codec"] in COPIED_CODECS
             and row["start_s"] is None
             and row["end_s"] is None
             and (row["width"], row["height"], row["codec"]) == (target.width, target.height, target.codec)

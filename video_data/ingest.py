@@ -17,6 +17,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from video_data.annotate import recorded_actions, write_captions
+from video_data.captions import Captioner, captioner
 from video_data.clips import ClipRequest, Rejected
 from video_data.curate import Video, crashed, curate
 from video_data.decode import PassOptions
@@ -25,6 +26,7 @@ from video_data.filters import shots, text
 from video_data.report import write_report
 from video_data.runner import RUNNERS, run_in_order
 from video_data.sources import list_requests
+from video_data.sources.located import status
 from video_data.store import FORMAT_VERSION, StoreWriter, clear_parts, read_manifest
 
 CHOICES = {
@@ -41,16 +43,22 @@ def run(cfg) -> dict:
     cfg: lapa.schema.IngestConfig. Raises ValueError for wrong options and where no clip at all can be used.
     """
     _check(cfg)
-    root, output = Path(cfg.path).expanduser(), Path(cfg.output_dir).expanduser()
+    # Absolute, because FFmpeg takes what precedes a colon of a relative name for a protocol, and because workers on
+    # other machines have another working directory.
+    root, output = Path(cfg.path).expanduser().absolute(), Path(cfg.output_dir).expanduser().absolute()
+    # Before anything is downloaded or decoded: a model that is not there is found out in seconds.
+    is_written = cfg.captioner.name != "given" and not (output / "store.json").is_file()
+    writer = captioner(cfg.captioner) if is_written else None
     videos, rejected = _list_videos(list_requests(cfg.layout, root, cfg), cfg.num_shards, cfg.shard)
     options = PassOptions(
         cfg.image_size, cfg.motion, cfg.samples_per_s, text.NUM_PICTURES if text.is_wanted(cfg.filters) else 0
     )
-    fingerprint = _fingerprint(root, videos, options, cfg)
+    decoded = _fingerprint(root, videos, options, cfg)
+    fingerprint = hashlib.sha256(f"{decoded} {cfg.captioner}".encode()).hexdigest()[:16]
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".lock"):
         if not (output / "store.json").is_file():
-            _ingest(root, output, videos, rejected, options, fingerprint, cfg)
+            _ingest(root, output, videos, rejected, options, (decoded, fingerprint), writer, cfg)
         store = json.loads((output / "store.json").read_text(encoding="utf-8"))
         if store.get("fingerprint") != fingerprint:
             raise ValueError(
@@ -77,6 +85,11 @@ def _check(cfg) -> None:
             raise ValueError(f"{name} is {getattr(cfg, name)!r}, expected one of {choices}")
     if cfg.filters.shots not in ("off", "reject", "split"):
         raise ValueError(f"filters.shots is {cfg.filters.shots!r}, expected off, reject or split")
+    if cfg.keep_actions and cfg.filters.shots == "split":
+        raise ValueError("keep_actions needs whole episodes: set filters.shots to off or reject, or leave it off")
+    for name in ("min_motion", "max_motion"):
+        if cfg.motion == "off" and getattr(cfg.filters, name):
+            raise ValueError(f"filters.{name} is {getattr(cfg.filters, name)} and motion is off: set motion=codec")
     if cfg.filters.shot_detector not in shots.DETECTORS:
         raise ValueError(f"filters.shot_detector is {cfg.filters.shot_detector!r}, expected one of {shots.DETECTORS}")
 
@@ -101,16 +114,13 @@ def _list_videos(
 
 
 def _fingerprint(root: Path, videos: list[Video], options: PassOptions, cfg) -> str:
-    """Changes with the options and with any clip, so that no store is made of two different runs."""
-    digest = hashlib.sha256(
-        f"{FORMAT_VERSION} {options} {cfg.filters} {cfg.duplicates} {cfg.keep_actions} {cfg.captioner}\n".encode()
-    )
+    """Changes with any clip and with the options of its decoding, so that no store is made of two different runs."""
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {options} {cfg.filters} {cfg.duplicates} {cfg.keep_actions}\n".encode())
     for video in videos:
         # Members of an archive change with the archive.
         location = root / video.requests[0].video
         archive = root / video.requests[0].video.rpartition("#")[0]
-        file = next((path for path in (location, archive) if path.is_file() or path.is_dir()), None)
-        stat = file.stat() if file else None
+        stat = status(location) or status(archive)
         changed = stat and (stat.st_size, stat.st_mtime_ns)
         digest.update(f"{video.requests} {changed}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
@@ -122,15 +132,19 @@ def _ingest(
     videos: list[Video],
     rejected: list[Rejected],
     options: PassOptions,
-    fingerprint: str,
+    fingerprints: tuple[str, str],
+    writer: Captioner | None,
     cfg,
 ) -> None:
-    """Curate every video and append its clips, in order; then write the index."""
+    """Curate every video and append its clips, in order; then write the index.
+
+    fingerprints: of what is decoded, and of that with its captions. writer: None for captions as they came.
+    """
     clear_parts(output)
     num_clips = sum(len(video.requests) for video in videos)
     with (
         tempfile.TemporaryDirectory(dir=output, prefix=".parts-") as parts,
-        StoreWriter(output, fingerprint, cfg.image_size, cfg.duplicates) as store,
+        StoreWriter(output, fingerprints[0], cfg.image_size, cfg.duplicates) as store,
     ):
         waiting = videos[store.num_videos :]
         calls = [(video, str(root), parts, options, cfg.filters) for video in waiting]
@@ -144,10 +158,10 @@ def _ingest(
                 store.add(rows or crashed(video), Path(parts))
                 progress.update(len(video.requests))
                 progress.set_postfix(kept=store.num_episodes, refresh=False)
-        kept = store.kept_rows() if cfg.captioner.name != "given" or cfg.keep_actions else []
-        captions = write_captions(output, root, kept, cfg.captioner) if cfg.captioner.name != "given" else None
+        kept = store.kept_rows() if writer or cfg.keep_actions else []
+        captions = write_captions(output, root, kept, writer, cfg.captioner) if writer else None
         actions = recorded_actions(root, kept) if cfg.keep_actions else None
-        store.finish(rejected, fingerprint, captions, actions)
+        store.finish(rejected, fingerprints[1], captions, actions)
 
 
 def _headline(output: Path, store: dict) -> dict:

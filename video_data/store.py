@@ -12,6 +12,7 @@ frames. A run that was killed cuts away what lies behind the last whole line and
 """
 
 import base64
+import errno
 import json
 import os
 import shutil
@@ -111,6 +112,8 @@ class StoreWriter:
             file.seek(first * self.frame_bytes)
             while num_bytes:
                 chunk = file.read(min(COPY_BYTES, num_bytes))
+                if not chunk:
+                    raise OSError(errno.EIO, f"ends {num_bytes} bytes before its clip {row['id']} does", str(part))
                 self._frames.write(chunk)
                 num_bytes -= len(chunk)
         self._count(row)
@@ -161,7 +164,15 @@ class StoreWriter:
             with journal.open("rb") as file:
                 for number, line in enumerate(file):
                     # What follows the last line end was being written when the run was killed.
-                    if not line.endswith(b"\n") or (number == 0 and line.decode() != header):
+                    if not line.endswith(b"\n"):
+                        break
+                    if number == 0 and line.decode() != header:
+                        # Where no frame was kept there is nothing to lose.
+                        if size:
+                            raise ValueError(
+                                f"{self.folder} holds a half-finished run with other clips or options: "
+                                "delete it, or choose another output_dir"
+                            )
                         break
                     if number:
                         rows = json.loads(line)
@@ -176,6 +187,8 @@ class StoreWriter:
                         self.num_videos += 1
                     kept_lines_end += len(line)
         if not kept_lines_end:
+            # Captions are told apart by their position, so those of other clips would be taken for these.
+            (self.folder / "captions.jsonl").unlink(missing_ok=True)
             journal.write_text(header, encoding="utf-8")
         else:
             os.truncate(journal, kept_lines_end)

@@ -10,6 +10,7 @@ import pytest
 from lapa.schema import Captioner, IngestConfig
 from tests.video_data import layouts
 from tests.video_data.encode import write_clip
+from video_data.annotate import write_captions
 from video_data.captions import captioner
 from video_data.captions.frames import shown_frames, spread
 from video_data.captions.language import detect_language
@@ -96,6 +97,47 @@ def test_a_span_is_shown_from_its_own_first_frame_to_its_last(tmp_path):
         assert (shown == np.stack([every[first + offset] for offset in (0, 10, 19)])).all()
     with pytest.raises(ValueError, match=r"clip a has no frames: long\.mp4 was changed"):
         shown_frames(ClipRequest("a", "long.mp4", 60.0, 62.0), tmp_path, num_frames=20, fps=10.0, num_shown=3)
+
+
+def test_a_span_counts_from_the_first_frame_of_its_stream(tmp_path):
+    write_clip(tmp_path / "late.mkv", num_frames=20, times=list(range(50, 70)))
+    with av.open(str(tmp_path / "late.mkv")) as container:
+        assert container.streams.video[0].start_time
+        every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    shown = shown_frames(ClipRequest("a", "late.mkv", 0.5, 1.5), tmp_path, num_frames=10, fps=10.0, num_shown=2)
+    assert (shown == np.stack([every[5], every[14]])).all()
+
+
+class Numbering:
+    """Writes the number of its batch."""
+
+    def __init__(self):
+        self.num_batches = 0
+
+    def caption(self, frames, request):
+        return self.caption_batch([frames], [request])[0]
+
+    def caption_batch(self, frames, asked):
+        self.num_batches += 1
+        return [(str(self.num_batches), "test")] * len(asked)
+
+
+def test_captions_that_were_begun_are_gone_on_with_by_the_same_captioner_alone(tmp_path):
+    rows = [
+        {"id": f"{i}", "video": f"{i}.mp4", "start_s": None, "end_s": None, "caption": "given", "caption_origin": "csv"}
+        | {"source": "", "licence": "", "split": "", "url": "", "stated_fps": None, "episode": None}
+        for i in range(4)
+    ]
+    options = Captioner(batch_size=2)
+    assert len(write_captions(tmp_path, tmp_path, rows[:2], Numbering(), options)) == 2
+    with (tmp_path / "captions.jsonl").open("a") as file:
+        file.write('{"capt')
+    went_on = write_captions(tmp_path, tmp_path, rows, writer := Numbering(), options)
+    assert writer.num_batches == 1 and len(went_on) == 4
+    began_anew = write_captions(
+        tmp_path, tmp_path, rows, writer := Numbering(), Captioner(batch_size=2, prompt="other")
+    )
+    assert writer.num_batches == 2 and [row["caption"] for row in began_anew] == ["1", "1", "2", "2"]
 
 
 @pytest.mark.parametrize("build", [layouts.webdataset, layouts.laq_jpeg, layouts.rlds])

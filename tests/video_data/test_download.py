@@ -21,7 +21,12 @@ def server(tmp_path):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked[self.path] += 1
-            if not self.path.endswith(".mp4") or "gone" in self.path:
+            if self.path.endswith(".m3u8"):
+                self.send_response(200)
+                self.send_header("Content-Type", "application/vnd.apple.mpegurl")
+                self.end_headers()
+                self.wfile.write(b"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n/live.mp4\n")
+            elif not self.path.endswith(".mp4") or "gone" in self.path:
                 self.send_error(404)
             elif "flaky" in self.path and asked[self.path] == 1:
                 self.send_error(503)
@@ -54,6 +59,28 @@ def test_a_failed_download_is_tried_again_and_a_finished_one_is_not(server, tmp_
     assert {path for path, count in asked.items() if count > before[path]} == {"/gone.mp4"}
     with pytest.raises(ValueError, match="attempts is 0"):
         fetch(urls, tmp_path / "downloads", attempts=0, num_workers=1)
+
+
+def test_only_whole_videos_of_the_web_are_fetched(server, tmp_path):
+    address, asked = server
+    (tmp_path / "secret.mp4").write_bytes(b"of this machine")
+    local, live = f"file://{tmp_path}/secret.mp4", f"{address}/live.m3u8"
+    fetched = fetch([local, live], tmp_path / "downloads", attempts=2, num_workers=1, wait_s=0.01)
+    assert "begins with 'file', expected http or https" in fetched[local]
+    assert "a live stream" in fetched[live]
+    assert not any((tmp_path / "downloads").iterdir()) and not asked["/live.mp4"]
+
+
+def test_a_file_that_a_killed_run_left_is_no_finished_download(server, tmp_path):
+    address, _ = server
+    url = f"{address}/good.mp4"
+    finished = fetch([url], tmp_path / "downloads", attempts=1, num_workers=1)[url]
+    size = finished.stat().st_size
+    finished.with_suffix(".json").unlink()
+    finished.rename(finished.with_suffix(".mkv"))
+    finished.with_suffix(".mkv").write_bytes(b"half")
+    again = fetch([url], tmp_path / "downloads", attempts=1, num_workers=1)[url]
+    assert again.stat().st_size == size and again.with_suffix(".json").is_file()
 
 
 def test_rows_with_a_url_are_downloaded_once_a_video(server, tmp_path):

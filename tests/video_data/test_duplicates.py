@@ -74,6 +74,18 @@ def test_hashes_are_candidates_up_to_the_stated_distance():
         assert index.near(np.packbits(bits).tobytes()) == expected
 
 
+def test_only_the_nearest_candidates_are_compared():
+    index = duplicates.HashIndex()
+    for num_bits in range(40, -1, -1):
+        for _ in range(2):
+            bits = np.zeros(512, np.uint8)
+            bits[:num_bits] = 1
+            index.add(np.packbits(bits).tobytes())
+    near = index.near(bytes(64))
+    assert len(near) == duplicates.MAX_CANDIDATES == 64
+    assert near[0] == (80, 0.0) and near[-1][1] == 31 / 8
+
+
 def test_all_duplicates_of_bridge_are_found_and_no_other_pair(shared_data, tmp_path):
     """The copies there bear the name of the original with a further underscore."""
     import json

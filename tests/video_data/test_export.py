@@ -9,6 +9,7 @@ import pytest
 
 from lapa.data import open_frames
 from lapa.schema import ClipFilters, IngestConfig
+from tests.video_data.encode import write_clip as write_noise
 from video_data.ingest import run
 
 SIZE = (64, 48)
@@ -132,3 +133,21 @@ def test_the_data_set_decodes_to_the_frames_and_captions_of_the_store(tmp_path):
     assert again.episode_offsets.tolist() == store.episode_offsets.tolist()
     assert again.instructions == store.instructions == ["task 0", "task 1"]
     assert np.abs(again.frames.astype(int) - store.frames).mean() < 2
+
+
+def test_clips_of_a_codec_that_mp4_cannot_hold_are_encoded(tmp_path):
+    for index, seed in enumerate((0, 1)):
+        write_noise(tmp_path / "videos" / f"{index}.webm", codec="libvpx", seed=seed)
+    root = ingest(tmp_path / "videos", tmp_path / "store")
+    (video,) = root.rglob("*.mp4")
+    with av.open(str(video)) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert sum(1 for _ in container.decode(video=0)) == 24
+
+
+def test_an_export_is_not_taken_for_one_with_other_options(tmp_path):
+    write_clip(tmp_path / "videos" / "a.mp4", 20)
+    ingest(tmp_path / "videos", tmp_path / "store", export_keyframe_interval=4)
+    ingest(tmp_path / "videos", tmp_path / "store", export_keyframe_interval=4)
+    with pytest.raises(ValueError, match=r"'export_keyframe_interval': 4.*expected .*: 2.*delete it"):
+        ingest(tmp_path / "videos", tmp_path / "store", export_keyframe_interval=2)

@@ -1,11 +1,13 @@
 """Video files to a frame store: the frames, what is skipped and why, and going on after a kill."""
 
+import io
 import json
 import random
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,11 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from lapa.data import read_store
-from lapa.schema import ClipFilters, IngestConfig
+from lapa.schema import Captioner, ClipFilters, IngestConfig
+from tests.video_data.encode import images
 from video_data.clips import ClipRequest
 from video_data.decode import ClipRecord, PassOptions, decode
 from video_data.ingest import run
 from video_data.pictures import SquareScaler
+from video_data.store import StoreWriter
 
 # Which of these a cut clip meets first depends on its container and codec.
 CUT = "cut off|damaged|cannot be decoded"
@@ -307,6 +311,75 @@ def test_one_pass_decodes_each_frame_once(tmp_path, monkeypatch):
     assert [len(clip.times_s) for clip in clips] == [20, 20, 20]
 
 
+def test_damage_behind_a_span_does_not_cost_it(tmp_path):
+    spans = [(0.0, 0.4), (0.3, 0.8), (0.9, None)]
+    clips = [ClipRecord(ClipRequest(f"{s}", "images", *s), tmp_path / f"{s[0]}.u8") for s in spans]
+    media = [io.BytesIO(data) for data in (*images(12), b"no picture")]
+    decode(media, 10.0, clips, PassOptions(16, "off", 2.0))
+    assert [clip.reason for clip in clips[:2]] == [None, None]
+    assert [len(clip.times_s) for clip in clips] == [4, 5, 3]
+    assert "cannot be decoded" in (clips[2].reason or "")
+
+
+def test_a_disk_that_cannot_be_read_costs_a_clip_and_one_that_is_full_the_run(tmp_path):
+    class Unreadable(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error")
+
+    def passed(part: Path, media: list) -> str | None:
+        clip = ClipRecord(ClipRequest("a", "images"), part)
+        decode(media, 10.0, [clip], PassOptions(768, "off", 2.0))
+        return clip.reason
+
+    assert "Input/output error" in (passed(tmp_path / "a.u8", [Unreadable(b"x")]) or "")
+    with pytest.raises(OSError, match="No space left"):
+        passed(Path("/dev/full"), [io.BytesIO(data) for data in images(3)])
+
+
+def test_names_that_ffmpeg_or_the_system_would_misread(tmp_path, in_process, monkeypatch):
+    write_clip(tmp_path / "videos" / "cooking:pasta.mp4")
+    monkeypatch.chdir(tmp_path / "videos")
+    assert run(options(Path(), Path("../store")))["num_clips"] == 1
+    assert [row["id"] for row in manifest(tmp_path / "store")] == ["cooking:pasta.mp4"]
+
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "clips.tar", "w") as archive:
+        archive.add(tmp_path / "videos" / "cooking:pasta.mp4", "m" * 245 + ".mp4")
+    assert run(options(tmp_path / "tars", tmp_path / "from_tar"))["num_clips"] == 1
+
+
+def test_a_half_finished_store_is_not_gone_on_with_by_another_run(tmp_path):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+
+    def part(num_frames: int) -> list[dict]:
+        (parts / "0-0.u8").write_bytes(bytes(2 * 16 * 16 * 3))
+        return [{"id": "a", "status": "kept", "num_frames": num_frames, "part": "0-0.u8", "first_frame": 0}]
+
+    with (
+        StoreWriter(tmp_path, "one", 16, "off") as store,
+        pytest.raises(OSError, match="ends 768 bytes before its clip a does"),
+    ):
+        store.add(part(num_frames=3), parts)
+    with StoreWriter(tmp_path, "one", 16, "off") as store:
+        store.add(part(num_frames=2), parts)
+    with pytest.raises(ValueError, match="holds a half-finished run with other clips or options"):
+        StoreWriter(tmp_path, "other", 16, "off")
+    (tmp_path / "captions.jsonl").write_text("of other clips")
+    (tmp_path / "clips.jsonl").unlink()
+    with StoreWriter(tmp_path, "other", 16, "off") as store:
+        assert store.num_episodes == 0
+    assert not (tmp_path / "captions.jsonl").exists()
+
+
+def test_a_captioner_that_cannot_write_is_found_out_before_anything_is_decoded(tmp_path, in_process):
+    write_clip(tmp_path / "videos" / "a.mp4")
+    for wrong, message in ((Captioner(name="vlm"), "needs captioner.model"), (Captioner(name="human"), "'human'")):
+        with pytest.raises(ValueError, match=message):
+            run(options(tmp_path / "videos", tmp_path / "store", captioner=wrong))
+    assert not (tmp_path / "store").exists()
+
+
 def test_shards_divide_the_clips_among_them(tmp_path, in_process):
     for index in range(12):
         write_clip(tmp_path / "videos" / f"{index}.mp4", num_frames=8 + index)
@@ -344,6 +417,9 @@ def test_mistakes_are_named_with_what_was_looked_for(tmp_path, in_process):
         ({"duplicates": "yes"}, "duplicates is 'yes'"),
         ({"filters": {"shots": "cut"}}, "filters.shots is 'cut'"),
         ({"filters": {"shot_detector": "eye"}}, "filters.shot_detector is 'eye'"),
+        ({"keep_actions": True, "filters": {"shots": "split"}}, "keep_actions needs whole episodes"),
+        ({"motion": "off", "filters": {"max_motion": 1.0}}, r"filters.max_motion is 1.0 and motion is off"),
+        ({"layout": "webvid", "captions": "a.csv"}, "captions is a.csv, which layout webvid does not read"),
     ):
         with pytest.raises(ValueError, match=message):
             run(options(videos, output, **wrong))

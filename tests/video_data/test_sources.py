@@ -227,6 +227,20 @@ def test_a_camera_is_chosen_by_name(tmp_path):
         listed(tmp_path / "robot", camera="front")
 
 
+@pytest.mark.parametrize("depth", ["named", "flagged"])
+def test_a_depth_image_is_no_default_camera(tmp_path, depth):
+    layouts.lerobot_v3(tmp_path / "robot")
+    info = json.loads((tmp_path / "robot" / "meta" / "info.json").read_text())
+    first = "observation.images.depth" if depth == "named" else "observation.images.top"
+    info["features"][first] = {"dtype": "video"} | (
+        {"info": {"video.is_depth_map": True}} if depth == "flagged" else {}
+    )
+    if depth == "named":
+        info["features"].pop("observation.images.top")
+    (tmp_path / "robot" / "meta" / "info.json").write_text(json.dumps(info))
+    assert "observation.images.wrist" in listed(tmp_path / "robot")[0][0].video
+
+
 def test_the_window_around_a_narration_is_an_option(tmp_path):
     layouts.ego4d(tmp_path)
     requests, rejected = listed(tmp_path, window_s=1.0)

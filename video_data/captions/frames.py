@@ -66,5 +66,5 @@ def _frames(request: ClipRequest, root: Path, fps: float) -> Generator[av.VideoF
                     yield frame
     finally:
         for opened in media if isinstance(media, list) else [media]:
-            if not isinstance(opened, Path):
+            if not isinstance(opened, Path | bytes):
                 opened.close()

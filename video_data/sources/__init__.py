@@ -58,6 +58,10 @@ def list_requests(layout: str, root: Path, options) -> Iterator[ClipRequest | Re
         layout = detect_layout(root)
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected auto or one of {', '.join(LAYOUTS)}")
+    if options.captions and layout != "folder":
+        raise ValueError(
+            f"captions is {options.captions}, which layout {layout} does not read: leave it out, or set layout=folder"
+        )
     if not root.exists():
         raise ValueError(f"no folder {root}: path must name what layout {layout} lies in")
     seen: set[str] = set()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 # Latent actions need no sound, and one stream needs no program that joins two. Sites name their formats in many
 # ways, so a file with sound is the last resort.
 FORMAT = "bestvideo[ext=mp4]/best[ext=mp4]/bestvideo/best"
+LIVE = "a live stream, which has no end"
 UNFINISHED = (".part", ".ytdl", ".temp", ".json")
 
 
@@ -27,7 +28,12 @@ def fetch(
     if attempts < 1:
         raise ValueError(f"attempts is {attempts}, expected at least 1")
     folder.mkdir(parents=True, exist_ok=True)
-    there = {file.stem: file for file in folder.iterdir() if not file.name.endswith(UNFINISHED)}
+    # The .json is written last: a file without one may be what a killed run left.
+    there = {
+        file.stem: file
+        for file in folder.iterdir()
+        if not file.name.endswith(UNFINISHED) and file.with_suffix(".json").is_file()
+    }
     wanted = list(dict.fromkeys(urls))
     fetched: dict[str, Path | str] = {url: there[name] for url in wanted if (name := _name(url)) in there}
     missing = [url for url in wanted if url not in fetched]
@@ -52,7 +58,16 @@ def _name(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()[:20]
 
 
+def _refuse_live(information: dict, *, incomplete: bool = False) -> str | None:
+    """yt-dlp's match_filter: why not to download, or None."""
+    return LIVE if information.get("is_live") or information.get("live_status") == "is_live" else None
+
+
 def _fetch_one(url: str, folder: Path, attempts: int, wait_s: float) -> Path | str:
+    scheme = url.partition(":")[0].lower()
+    if scheme not in ("http", "https"):
+        # A table must not make yt-dlp read local files or run searches.
+        return f"not downloaded: its URL begins with {scheme[:40]!r}, expected http or https"
     import yt_dlp
 
     name = _name(url)
@@ -63,6 +78,8 @@ def _fetch_one(url: str, folder: Path, attempts: int, wait_s: float) -> Path | s
         "no_warnings": True,
         "noprogress": True,
         "noplaylist": True,
+        "playlist_items": "1",
+        "match_filter": _refuse_live,
         "retries": 0,
         "extractor_retries": 0,
         "logger": _Silent(),
@@ -74,6 +91,11 @@ def _fetch_one(url: str, folder: Path, attempts: int, wait_s: float) -> Path | s
         try:
             with yt_dlp.YoutubeDL(options) as client:
                 information = client.extract_info(url)
+                # A page may be told as a list of its videos.
+                if "entries" in information:
+                    information = next(iter(information["entries"]))
+                if refused := _refuse_live(information):
+                    return f"not downloaded: {refused}"
                 file = Path(information["requested_downloads"][0]["filepath"])
         # A site can answer with anything, and extractors fail on it in their own ways.
         except Exception as error:

@@ -70,11 +70,15 @@ def _camera(root: Path, info: dict, wanted: str | None) -> str:
         stored = f"{images} are stored as images: write it again with video" if images else f"it has {sorted(features)}"
         raise ValueError(f"{root} has no video feature: {stored}")
     if wanted is None:
-        return cameras[0]
+        return next((name for name in cameras if not _is_depth(name, features[name])), cameras[0])
     for camera in cameras:
         if wanted in (camera, camera.rsplit(".", 1)[-1]):
             return camera
     raise ValueError(f"camera is {wanted!r}, the video features of {root} are {cameras}")
+
+
+def _is_depth(name: str, feature: dict) -> bool:
+    return "depth" in name or bool((feature.get("info") or {}).get("video.is_depth_map"))
 
 
 def _split(info: dict, number: int) -> str:

@@ -1,6 +1,7 @@
 """Rows that name a file, a URL or both: the file where it lies, else one that was downloaded."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,14 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
+
+
+def status(path: Path) -> os.stat_result | None:
+    """What the system says of `path`; None where nothing is there, or its name (of a tar's member) cannot be."""
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
 
 
 def find_video(folder: Path, stem: str) -> Path | None:
