@@ -6,6 +6,8 @@ places. Hashes of a fixed camera agree wherever the scene does, whatever the arm
 candidate are compared before it is called a duplicate.
 """
 
+import logging
+
 import cv2
 import numpy as np
 
@@ -59,6 +61,8 @@ class HashIndex:
     """Hashes of the clips so far, in memory: 64 bytes a clip."""
 
     def __init__(self) -> None:
+        # It tells which instruction sets it tries, in the words of an error.
+        logging.getLogger("faiss").setLevel(logging.WARNING)
         try:
             import faiss
         except ImportError:
