@@ -58,6 +58,7 @@ STAGES = {
     "evaluate": Stage(
         "LeRobot policy -> success in MuJoCo, with intervals and videos", "envs.evaluate", "EvaluateConfig"
     ),
+    "study": Stage("an experiment on the model zoo -> table with intervals", "lapa.studies.study", "StudyConfig"),
     "report": Stage("run directory -> report.html", "lapa.report", "ReportConfig"),
     "run": Stage("all stages in one run directory: lapa run experiment=quickstart", "lapa.pipeline", "RunConfig"),
 }

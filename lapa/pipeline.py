@@ -56,7 +56,7 @@ def run(config: RunConfig) -> dict:
                 backbone=config.pretrain.backbone,
                 image_tokenizer=config.pretrain.image_tokenizer,
                 image_size=config.pretrain.image_size,
-                max_text_tokens=config.pretrain.max_text_tokens,
+                text=config.pretrain.text,
                 pretrained=pretrained.get("output_dir"),
                 output_dir=f"{config.finetune.output_dir}/{name}",
                 training=replace(config.finetune.training, seed=seed),

@@ -56,6 +56,7 @@ class DemosConfig:
     num_blocks_max: int = 8
     variant: str = "default"
     action_noise_m: float = 0.004  # standard deviation of the expert's disturbance, per step
+    play: bool = False  # dawdling (pauses, detours, ways back) to goals that the data set does not tell
     video: bool = True  # also write the episodes without actions and states
     mp4: bool = False  # also write one plain mp4 file an episode, with captions.csv
     num_workers: int = 2
@@ -504,12 +505,14 @@ class LabelConfig:
 
 @dataclass
 class Backbone:
-    """Embeddings, modality ids and mask in; hidden states out."""
+    """Embeddings and the layout of a sequence in; hidden states out (lapa/backbones/base.py)."""
 
     name: str = MISSING
     width: int = 128
     num_layers: int = 2
     num_heads: int = 4
+    mask: str = "block_causal"  # block_causal (instruction and image see each other) | causal | bidirectional
+    checkpoint_activations: bool = False  # recompute activations in the backward pass: less memory, a third more time
 
 
 @dataclass
@@ -519,6 +522,23 @@ class DenseBackbone(Backbone):
     name: str = "dense"
     feed_forward_ratio: float = 2.67
     query_key_norm: bool = True  # RMSNorm on queries and keys, for high learning rates
+    num_key_value_heads: int = 0  # fewer than num_heads share keys and values among heads; 0: as many
+    rotary_theta: float = 0.0  # base of rotary positions, such as 10000; 0: none, the embeddings carry positions
+
+
+@dataclass
+class TextEncoder:
+    """Instructions to tokens (lapa/backbones/text.py)."""
+
+    name: str = MISSING
+
+
+@dataclass
+class WordText(TextEncoder):
+    """One token a word, by stable hashing: no vocabulary, and no idea of spelling."""
+
+    name: str = "words"
+    max_words: int = 16  # of an instruction; the rest is cut off
 
 
 @dataclass
@@ -531,9 +551,9 @@ class PretrainConfig:
     labels: str | None = None  # folder of `lapa label`; needed for target=latent
     action_data: str | None = None  # `lapa run` only: the same episodes with actions, for the action_vla arm
     backbone: Backbone = MISSING
+    text: TextEncoder = MISSING
     image_size: int = 64
     image_tokenizer: str = "keypoints"  # keypoints (picked by the instruction) | grid (a token a patch)
-    max_text_tokens: int = 16
     random_shift_pixels: int = 4  # augmentation, zero: off
     chunk_size: int = 4  # actions predicted at once (target=action)
     ignore_gate: bool = False  # pretrain even on a quantizer that failed its gate
@@ -565,10 +585,11 @@ class FinetuneConfig:
     output_dir: str = MISSING
     data: str = MISSING
     pretrained: str | None = None  # folder of `lapa pretrain`; null: Scratch, the same model from random weights
-    backbone: Backbone = MISSING  # only for Scratch; otherwise the pretrained folder says
+    # Backbone, text encoder, image tokenizer and size: only for Scratch; otherwise the pretrained folder says.
+    backbone: Backbone = MISSING
+    text: TextEncoder = MISSING
     image_size: int = 64
     image_tokenizer: str = "keypoints"  # keypoints (picked by the instruction) | grid (a token a patch)
-    max_text_tokens: int = 16
     random_shift_pixels: int = 4
     action_head: str = "chunk"  # chunk (continuous) | bins (quantile bins, as in the paper)
     num_bins: int = 64
@@ -597,6 +618,27 @@ class EvaluateConfig:
     variant: str = "default"
     num_envs: int = 25
     num_videos: int = 4  # a family
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class Study:
+    """One experiment of the model zoo (lapa/studies/)."""
+
+    name: str = MISSING
+
+
+@dataclass
+class StudyConfig:
+    """`lapa study`: what a part of the model zoo is good for: every arm with every seed, a table with intervals.
+
+    A run that is complete is not run again, so a study that was stopped goes on where it was.
+    """
+
+    output_dir: str = MISSING
+    study: Study = MISSING
+    arms: list[str] = field(default_factory=list)  # some of the study's arms; empty: all
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     runtime: Runtime = field(default_factory=Runtime)
 
 
@@ -659,6 +701,8 @@ GROUPS: dict[str, dict[str, type]] = {
         "latent_consistency": LatentConsistencyTarget,
     },
     "backbone": {"dense": DenseBackbone},
+    "text": {"words": WordText},
+    "study": {},
 }
 
 

@@ -42,8 +42,11 @@ def parameter_groups(
 
     learning_rate_ratios: prefixes of parameter names that learn slower (or faster) than the rest, by this
     factor; each group says its own under `learning_rate_ratio`. ValueError for a prefix that nothing has.
+
+    A model may set `learning_rate_ratio` on a parameter, by which its rate is multiplied too; such parameters
+    are clipped apart from the rest (the values of memory layers).
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     ratios = learning_rate_ratios or {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for prefix in ratios:
@@ -51,10 +54,17 @@ def parameter_groups(
             raise ValueError(f"no trained parameter is called {prefix}*: known are {[name for name, _ in named]}")
     for name, parameter in named:
         ratio = next((ratio for prefix, ratio in ratios.items() if name.startswith(prefix)), 1.0)
-        groups.setdefault((parameter.ndim >= 2, ratio), []).append(parameter)
+        own = getattr(parameter, "learning_rate_ratio", None)
+        key = (parameter.ndim >= 2, ratio * (1.0 if own is None else own), own is not None)
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0, "learning_rate_ratio": ratio}
-        for (decays, ratio), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        {
+            "params": params,
+            "weight_decay": weight_decay if decays else 0.0,
+            "learning_rate_ratio": ratio,
+            "clipped_apart": apart,
+        }
+        for (decays, ratio, apart), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 
@@ -129,7 +139,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             distributed.average_gradients(model.parameters())
-            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
+            gradient_norm = clip_gradients(optimizer, training.grad_clip)
             optimizer.step()
             if ema is not None:
                 update_average(ema, model, training.ema_decay, step)
@@ -158,6 +168,17 @@ def fit(
         model.load_state_dict(ema)
     model.eval()
     return numbers
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Clip all gradients by their norm, those of groups that are clipped apart by their own; the former is returned."""
+    together: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        if group["clipped_apart"]:
+            nn.utils.clip_grad_norm_(group["params"], max_norm)
+        else:
+            together += group["params"]
+    return nn.utils.clip_grad_norm_(together, max_norm)
 
 
 def finish(output_dir: Path) -> None:

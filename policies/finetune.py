@@ -26,7 +26,6 @@ from lapa.latent_vla.heads import BinnedActionHead
 from lapa.latent_vla.vision import random_shift
 from lapa.runtime import setup
 from lapa.schema import FinetuneConfig
-from lapa.text import count_longer
 from lapa.trainer import finish, fit
 from policies.lapa.configuration_lapa import LapaConfig
 from policies.lapa.modeling_lapa import LapaPolicy
@@ -58,7 +57,7 @@ def run(cfg: FinetuneConfig) -> dict:
         n_action_steps=cfg.num_action_steps,
         image_size=image_size,
         image_tokenizer=pretrained["image_tokenizer"] if pretrained else cfg.image_tokenizer,
-        max_text_tokens=pretrained["max_text_tokens"] if pretrained else cfg.max_text_tokens,
+        text=pretrained["text"] if pretrained else asdict(cfg.text),
         backbone=pretrained["backbone"] if pretrained else asdict(cfg.backbone),
         action_head=cfg.action_head,
         num_bins=cfg.num_bins,
@@ -115,7 +114,7 @@ def run(cfg: FinetuneConfig) -> dict:
         {
             "num_episodes": num_episodes,
             "num_frames": num_frames,
-            "num_instructions_cut": count_longer(store.instructions[:num_episodes], config.max_text_tokens),
+            "num_instructions_cut": policy.model.trunk.text_encoder.count_longer(store.instructions[:num_episodes]),
             "pretrained_on": pretrained["target"] if pretrained else None,
             "kept_action_head": keeps_head,
             "num_parameters": sum(p.numel() for p in policy.parameters()),

@@ -6,77 +6,101 @@
 After arXiv 2410.11758: pretrained to predict latent actions, then the latent head is dropped and an action
 head reads the same readout token.
 
-Shapes: B batch, W words, I image tokens, L action tokens, S = W + I + L, D width.
+Shapes: B batch, W text ids, T text tokens, I image tokens, L action tokens, S = T + I + L, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapa import schema
-from lapa.backbones.base import IMAGE, LATENT_ACTION, ROBOT_ACTION, TEXT, build_backbone
+from lapa.backbones.base import IMAGE, LATENT_ACTION, NO_BLOCK, ROBOT_ACTION, TEXT, Cache, Layout, build_backbone
+from lapa.backbones.text import build_text_encoder
 from lapa.latent_vla.heads import ActionHead, ContinuousLatentHead, LatentHead
 from lapa.latent_vla.vision import build_image_tokenizer
-from lapa.text import PADDING_ID, TEXT_VOCABULARY
 
-
-def prefix_mask(is_word_BW: Tensor, num_image_tokens: int, num_action_tokens: int) -> Tensor:
-    """(B, S, S) bool, True where the row may look at the column.
-
-    Words and image see each other both ways and no action token; action tokens see the prefix and
-    themselves causally; nobody sees padding.
-    """
-    num_words = is_word_BW.shape[1]
-    prefix = num_words + num_image_tokens
-    size = prefix + num_action_tokens
-    position = torch.arange(size, device=is_word_BW.device)
-    visible_SS = (position[None] < prefix) | (position[None] <= position[:, None])
-    is_token_BS = torch.ones(len(is_word_BW), size, dtype=torch.bool, device=is_word_BW.device)
-    is_token_BS[:, :num_words] = is_word_BW
-    return visible_SS & is_token_BS[:, None]
+PREFIX_BLOCK = 0
 
 
 class VisionLanguageTrunk(nn.Module):
     """Everything that pretraining passes on to finetuning."""
 
-    def __init__(self, backbone: schema.Backbone, image_tokenizer: str, image_size: int, max_text_tokens: int):
+    def __init__(self, backbone: schema.Backbone, text: schema.TextEncoder, image_tokenizer: str, image_size: int):
         super().__init__()
-        width = backbone.width
-        self.width = width
-        self.word_embedding = nn.Embedding(TEXT_VOCABULARY, width, padding_idx=PADDING_ID)
-        self.word_position = nn.Parameter(torch.randn(max_text_tokens, width) * 0.02)
-        self.image_tokenizer = build_image_tokenizer(image_tokenizer, image_size, width)
-        self.readout = nn.Parameter(torch.randn(width))
+        self.width = backbone.width
+        self.text_encoder = build_text_encoder(text, self.width)
+        self.image_tokenizer = build_image_tokenizer(image_tokenizer, image_size, self.width)
+        self.readout = nn.Parameter(torch.randn(self.width))
         self.backbone = build_backbone(backbone)
 
-    def forward(self, images_BCHW: Tensor, words_BW: Tensor, action_BLD: Tensor, modality: int) -> Tensor:
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Ids (B, W) int64 on the CPU, as `forward` takes them."""
+        return self.text_encoder.encode_text(texts)
+
+    def prefix(self, images_BCHW: Tensor, ids_BW: Tensor) -> tuple[Tensor, Layout]:
+        """Embeddings (B, T + I, D) of instruction and image, one block, and their layout."""
+        size = self.image_tokenizer.image_size
+        if images_BCHW.shape[-2:] != (size, size):
+            raise ValueError(f"images are {tuple(images_BCHW.shape)}, expected (B, 3, {size}, {size}): resize them")
+        text = self.text_encoder(ids_BW)
+        image_BID = self.image_tokenizer(images_BCHW, text.summary_BD)
+        tokens_BSD = torch.cat([text.tokens_BTD, image_BID.to(text.tokens_BTD.dtype)], dim=1)
+        is_image_BI = text.is_token_BT.new_ones(image_BID.shape[:2])
+        modality_ids_BS = torch.full(tokens_BSD.shape[:2], IMAGE, device=tokens_BSD.device)
+        modality_ids_BS[:, : text.tokens_BTD.shape[1]] = TEXT
+        layout = Layout.of(
+            modality_ids_BS,
+            block_ids_BS=torch.full_like(modality_ids_BS, PREFIX_BLOCK),
+            is_token_BS=torch.cat([text.is_token_BT, is_image_BI], dim=1),
+        )
+        return tokens_BSD, layout
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        ids_BW: Tensor,
+        action_BLD: Tensor,
+        modality: int,
+        cache: Cache | None = None,
+        block: int = NO_BLOCK,
+    ) -> Tensor:
         """Hidden states (B, L, D) of the action tokens.
 
         Args:
             images_BCHW: RGB in [0, 1], of the size the model was built for.
-            words_BW: ids of `encode_text`.
+            ids_BW: of `encode_text`.
             action_BLD: embedded action tokens, the readout first.
             modality: LATENT_ACTION or ROBOT_ACTION.
+            cache: filled with all of these tokens, for `extend`.
+            block: PREFIX_BLOCK + 1 or more: the action tokens see each other both ways.
         """
-        size = self.image_tokenizer.image_size
-        if images_BCHW.shape[-2:] != (size, size):
-            raise ValueError(f"images are {tuple(images_BCHW.shape)}, expected (B, 3, {size}, {size}): resize them")
-        # Columns that are padding in the whole batch cost time and change nothing.
-        words_BW = words_BW[:, : max(1, int((words_BW != PADDING_ID).sum(1).max()))]
-        num_words, num_actions = words_BW.shape[1], action_BLD.shape[1]
-        is_word_BW = words_BW != PADDING_ID
-        words_BWD = self.word_embedding(words_BW)
-        instruction_BD = F.rms_norm(words_BWD.sum(1), (self.width,))
-        image_BID = self.image_tokenizer(images_BCHW, instruction_BD)
-        words_BWD = words_BWD + self.word_position[:num_words]
-        num_image = image_BID.shape[1]
-        tokens_BSD = torch.cat([words_BWD, image_BID.to(words_BWD.dtype), action_BLD.to(words_BWD.dtype)], dim=1)
-        modality_ids_S = torch.tensor(
-            [TEXT] * num_words + [IMAGE] * num_image + [modality] * num_actions, device=words_BW.device
+        prefix_BSD, layout = self.prefix(images_BCHW, ids_BW)
+        layout = layout.then(self.action_layout(layout, action_BLD, modality, block))
+        hidden_BSD = self.backbone(torch.cat([prefix_BSD, action_BLD.to(prefix_BSD.dtype)], dim=1), layout, cache)
+        return hidden_BSD[:, -action_BLD.shape[1] :]
+
+    def extend(self, action_BLD: Tensor, modality: int, cache: Cache, block: int = NO_BLOCK) -> Tensor:
+        """Hidden states (B, L, D) of further action tokens, after those in the cache."""
+        assert cache.layout is not None
+        return self.backbone(action_BLD, self.action_layout(cache.layout, action_BLD, modality, block), cache)
+
+    def action_layout(self, before: Layout, action_BLD: Tensor, modality: int, block: int = NO_BLOCK) -> Layout:
+        """Action tokens that follow the tokens of `before`."""
+        modality_ids_BL = torch.full(action_BLD.shape[:2], modality, device=action_BLD.device)
+        return Layout.of(
+            modality_ids_BL,
+            block_ids_BS=torch.full_like(modality_ids_BL, block),
+            first_position=before.position_ids_BS[:, -1] + 1,
         )
-        mask_BSS = prefix_mask(is_word_BW, num_image, num_actions)
-        hidden_BSD = self.backbone(tokens_BSD, modality_ids_S.expand(len(tokens_BSD), -1), mask_BSS)
-        return hidden_BSD[:, -num_actions:]
+
+
+def with_auxiliary(loss: Tensor, numbers: dict[str, Tensor], trunk: VisionLanguageTrunk) -> tuple[Tensor, dict]:
+    """The loss, and what the backbone's routers add to it."""
+    auxiliary = trunk.backbone.auxiliary_loss()
+    if auxiliary is None:
+        return loss, numbers
+    return loss + auxiliary, numbers | {"auxiliary_loss": auxiliary.detach()}
 
 
 class LatentActionModel(nn.Module):
@@ -87,22 +111,29 @@ class LatentActionModel(nn.Module):
         self.trunk = trunk
         self.latent_head = LatentHead(trunk.width, num_codes, codebook_size)
 
-    def hidden(self, images_BCHW: Tensor, words_BW: Tensor, known_BL: Tensor) -> Tensor:
+    def hidden(self, images_BCHW: Tensor, ids_BW: Tensor, known_BL: Tensor) -> Tensor:
         """Hidden states (B, l + 1, D) after the l latent tokens known so far."""
         tokens_BLD = self.latent_head.tokens(self.trunk.readout, known_BL)
-        return self.trunk(images_BCHW, words_BW, tokens_BLD, LATENT_ACTION)
+        return self.trunk(images_BCHW, ids_BW, tokens_BLD, LATENT_ACTION)
 
-    def loss(self, images_BCHW: Tensor, words_BW: Tensor, latent_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, images_BCHW: Tensor, ids_BW: Tensor, latent_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and numbers to log, for latent actions (B, L) int64."""
-        return self.latent_head.loss(self.hidden(images_BCHW, words_BW, latent_BL[:, :-1]), latent_BL)
+        loss, numbers = self.latent_head.loss(self.hidden(images_BCHW, ids_BW, latent_BL[:, :-1]), latent_BL)
+        return with_auxiliary(loss, numbers, self.trunk)
 
     @torch.no_grad()
-    def generate(self, images_BCHW: Tensor, words_BW: Tensor) -> Tensor:
+    def generate(self, images_BCHW: Tensor, ids_BW: Tensor) -> Tensor:
         """Greedy latent actions (B, L) int64."""
-        latent_BL = words_BW.new_zeros(len(words_BW), 0)
-        for _ in range(self.latent_head.num_codes):
-            logits_BLK = self.latent_head.logits(self.hidden(images_BCHW, words_BW, latent_BL))
-            latent_BL = torch.cat([latent_BL, logits_BLK[:, -1:].argmax(-1)], dim=1)
+        cache = Cache()
+        latent_BL = ids_BW.new_zeros(len(ids_BW), 0)
+        tokens_BLD = self.latent_head.tokens(self.trunk.readout, latent_BL)
+        hidden_BLD = self.trunk(images_BCHW, ids_BW, tokens_BLD, LATENT_ACTION, cache)
+        for code in range(self.latent_head.num_codes):
+            if code:
+                tokens_BLD = self.latent_head.tokens(self.trunk.readout, latent_BL)[:, -1:]
+                hidden_BLD = torch.cat([hidden_BLD, self.trunk.extend(tokens_BLD, LATENT_ACTION, cache)], dim=1)
+            chosen_BL = self.latent_head.logits(hidden_BLD)[:, -1:].argmax(-1)
+            latent_BL = torch.cat([latent_BL, chosen_BL], dim=1)
         return latent_BL
 
 
@@ -114,18 +145,19 @@ class ContinuousLatentModel(nn.Module):
         self.trunk = trunk
         self.latent_head = ContinuousLatentHead(trunk.width, num_codes)
 
-    def hidden(self, images_BCHW: Tensor, words_BW: Tensor) -> Tensor:
+    def hidden(self, images_BCHW: Tensor, ids_BW: Tensor) -> Tensor:
         """The readout token's hidden state (B, D)."""
-        readout_BLD = self.trunk.readout.expand(len(words_BW), 1, -1)
-        return self.trunk(images_BCHW, words_BW, readout_BLD, LATENT_ACTION)[:, 0]
+        readout_BLD = self.trunk.readout.expand(len(ids_BW), 1, -1)
+        return self.trunk(images_BCHW, ids_BW, readout_BLD, LATENT_ACTION)[:, 0]
 
-    def loss(self, images_BCHW: Tensor, words_BW: Tensor, latent_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, images_BCHW: Tensor, ids_BW: Tensor, latent_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and numbers to log, for normalised latent actions (B, L) float32."""
-        return self.latent_head.loss(self.hidden(images_BCHW, words_BW), latent_BL)
+        loss, numbers = self.latent_head.loss(self.hidden(images_BCHW, ids_BW), latent_BL)
+        return with_auxiliary(loss, numbers, self.trunk)
 
-    def predict(self, images_BCHW: Tensor, words_BW: Tensor) -> Tensor:
+    def predict(self, images_BCHW: Tensor, ids_BW: Tensor) -> Tensor:
         """Normalised latent actions (B, L)."""
-        return self.latent_head(self.hidden(images_BCHW, words_BW))
+        return self.latent_head(self.hidden(images_BCHW, ids_BW))
 
 
 class ActionModel(nn.Module):
@@ -136,17 +168,18 @@ class ActionModel(nn.Module):
         self.trunk = trunk
         self.action_head = action_head
 
-    def hidden(self, images_BCHW: Tensor, words_BW: Tensor) -> Tensor:
+    def hidden(self, images_BCHW: Tensor, ids_BW: Tensor) -> Tensor:
         """The readout token's hidden state (B, D)."""
-        readout_BLD = self.trunk.readout.expand(len(words_BW), 1, -1)
-        return self.trunk(images_BCHW, words_BW, readout_BLD, ROBOT_ACTION)[:, 0]
+        readout_BLD = self.trunk.readout.expand(len(ids_BW), 1, -1)
+        return self.trunk(images_BCHW, ids_BW, readout_BLD, ROBOT_ACTION)[:, 0]
 
     def loss(
-        self, images_BCHW: Tensor, words_BW: Tensor, actions_BTA: Tensor, is_pad_BT: Tensor
+        self, images_BCHW: Tensor, ids_BW: Tensor, actions_BTA: Tensor, is_pad_BT: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss a sample (B,) and numbers to log, for normalised actions (B, T, A)."""
-        return self.action_head.loss(self.hidden(images_BCHW, words_BW), actions_BTA, is_pad_BT)
+        loss_B, numbers = self.action_head.loss(self.hidden(images_BCHW, ids_BW), actions_BTA, is_pad_BT)
+        return with_auxiliary(loss_B, numbers, self.trunk)
 
-    def decode(self, images_BCHW: Tensor, words_BW: Tensor) -> Tensor:
+    def decode(self, images_BCHW: Tensor, ids_BW: Tensor) -> Tensor:
         """Normalised actions (B, T, A), without sampling."""
-        return self.action_head.decode(self.hidden(images_BCHW, words_BW))
+        return self.action_head.decode(self.hidden(images_BCHW, ids_BW))

@@ -25,7 +25,6 @@ from lapa.quantizer.evaluation import require_gate
 from lapa.quantizer.label import Labels, load_labels
 from lapa.runtime import Compute, setup
 from lapa.schema import PretrainConfig
-from lapa.text import count_longer, encode_text
 from lapa.trainer import finish, fit
 
 EVALUATION_BATCH = 256
@@ -38,7 +37,7 @@ CURVE_EVERY_LOGS = 10
 class Objective:
     """What the trunk is trained on.
 
-    model: trunk and head. is_usable (N,): frames with a target. loss: of (images, words, frame indices).
+    model: trunk and head. is_usable (N,): frames with a target. loss: of (images, text ids, frame indices).
     evaluate: the same inputs, to sums over the batch by name. baseline: what a guess without looking gets.
     config: what config.json says beside the trunk. derive: further numbers from the means of what `evaluate` sums.
     """
@@ -59,7 +58,7 @@ def run(cfg: PretrainConfig) -> dict:
     train_episodes, held_out_episodes = split_episodes(store, cfg.holdout_fraction, cfg.training.seed)
     in_training = np.isin(store.episode_of_frame(), train_episodes)
     torch.manual_seed(cfg.training.seed)
-    trunk = VisionLanguageTrunk(cfg.backbone, cfg.image_tokenizer, cfg.image_size, cfg.max_text_tokens)
+    trunk = VisionLanguageTrunk(cfg.backbone, cfg.text, cfg.image_tokenizer, cfg.image_size)
     if cfg.target == "latent":
         objective = latent_objective(cfg, store, trunk, in_training, compute.device)
     elif cfg.target == "action":
@@ -76,7 +75,7 @@ def run(cfg: PretrainConfig) -> dict:
     held_out_frames = np.random.default_rng(0).permutation(held_out_frames)[:MAX_EVALUATION_FRAMES]
 
     output_dir, training = Path(cfg.output_dir), cfg.training
-    inputs = Inputs(store, cfg.max_text_tokens, compute.device)
+    inputs = Inputs(store, trunk.encode_text(store.instructions), compute.device)
     if compute.compile:
         trunk.compile()
 
@@ -107,7 +106,7 @@ def run(cfg: PretrainConfig) -> dict:
             "target": cfg.target,
             "num_train_frames": len(train_frames),
             "num_held_out_frames": len(held_out_frames),
-            "num_instructions_cut": count_longer(store.instructions, cfg.max_text_tokens),
+            "num_instructions_cut": trunk.text_encoder.count_longer(store.instructions),
             "num_parameters": sum(p.numel() for p in objective.model.parameters()),
             **numbers,
         },
@@ -115,9 +114,9 @@ def run(cfg: PretrainConfig) -> dict:
     config = {
         "target": cfg.target,
         "backbone": asdict(cfg.backbone),
+        "text": asdict(cfg.text),
         "image_tokenizer": cfg.image_tokenizer,
         "image_size": cfg.image_size,
-        "max_text_tokens": cfg.max_text_tokens,
         **objective.config,
     }
     save_model(output_dir, objective.model.state_dict(), config)
@@ -126,22 +125,21 @@ def run(cfg: PretrainConfig) -> dict:
 
 
 class Inputs:
-    """Images and word ids of frames, on the device."""
+    """Images and text ids (E, W) of the episodes, by frame, on the device."""
 
-    def __init__(self, store: FrameStore, max_text_tokens: int, device: torch.device):
-        self.store, self.device = store, device
+    def __init__(self, store: FrameStore, ids_EW: Tensor, device: torch.device):
+        self.store, self.device, self.ids_EW = store, device, ids_EW
         self.episode_of_frame = store.episode_of_frame()
-        self.words_EW = encode_text(store.instructions, max_text_tokens)
 
     def read(
         self, frames: np.ndarray, shift_pixels: int = 0, generator: np.random.Generator | None = None
     ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Images (B, 3, S, S) in [0, 1], words (B, W) and the frame indices themselves."""
+        """Images (B, 3, S, S) in [0, 1], text ids (B, W) and the frame indices themselves."""
         pixels = self.store.frames[frames]
         if generator is not None:
             pixels = random_shift(pixels, shift_pixels, generator)
-        words_BW = self.words_EW[self.episode_of_frame[frames]]
-        return to_float(pixels, self.device), words_BW.to(self.device), frames
+        ids_BW = self.ids_EW[self.episode_of_frame[frames]]
+        return to_float(pixels, self.device), ids_BW.to(self.device), frames
 
 
 @torch.no_grad()
@@ -184,12 +182,12 @@ def code_objective(
     latent_NL = torch.from_numpy(labels.latent_action).to(device)
     model = LatentActionModel(trunk, labels.num_codes, labels.codebook_size)
 
-    def sums(images_BCHW: Tensor, words_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
+    def sums(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
         target_BL = latent_NL[frames]
-        logits_BLK = model.latent_head.logits(model.hidden(images_BCHW, words_BW, target_BL[:, :-1])).float()
+        logits_BLK = model.latent_head.logits(model.hidden(images_BCHW, ids_BW, target_BL[:, :-1])).float()
         log_p_BLK = logits_BLK.log_softmax(-1)
         hit_BL = logits_BLK.argmax(-1) == target_BL
-        greedy_BL = model.generate(images_BCHW, words_BW)
+        greedy_BL = model.generate(images_BCHW, ids_BW)
         return {
             "token_cross_entropy": -log_p_BLK.gather(-1, target_BL[..., None]).mean((1, 2)).sum(),
             "token_accuracy": hit_BL.float().mean(1).sum(),
@@ -200,7 +198,7 @@ def code_objective(
     return Objective(
         model=model,
         is_usable=labels.is_valid,
-        loss=lambda images, words, frames: model.loss(images, words, latent_NL[frames]),
+        loss=lambda images, ids, frames: model.loss(images, ids, latent_NL[frames]),
         evaluate=sums,
         baseline=marginal_baseline(labels.latent_action[in_training & labels.is_valid], labels.codebook_size),
         config={"is_discrete": True, "num_codes": labels.num_codes, "codebook_size": labels.codebook_size},
@@ -219,9 +217,9 @@ def number_objective(
     latent_NL = torch.from_numpy(((labels.latent_action - mean) / std).astype(np.float32)).to(device)
     model = ContinuousLatentModel(trunk, labels.num_codes)
 
-    def sums(images_BCHW: Tensor, words_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
+    def sums(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
         true_BL = latent_NL[frames]
-        error_BL = model.predict(images_BCHW, words_BW) - true_BL
+        error_BL = model.predict(images_BCHW, ids_BW) - true_BL
         return {
             "latent_l1": error_BL.abs().mean(1).sum(),
             "latent_mse": error_BL.square().mean(1).sum(),
@@ -233,7 +231,7 @@ def number_objective(
     return Objective(
         model=model,
         is_usable=labels.is_valid,
-        loss=lambda images, words, frames: model.loss(images, words, latent_NL[frames]),
+        loss=lambda images, ids, frames: model.loss(images, ids, latent_NL[frames]),
         evaluate=sums,
         baseline={},
         config={
@@ -274,13 +272,13 @@ def action_objective(
     model = ActionModel(trunk, ChunkActionHead(trunk.width, cfg.chunk_size, action_dim))
     spread = actions_NTA[torch.from_numpy(in_training).to(device), 0]
 
-    def loss(images: Tensor, words: Tensor, frames: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        loss_B, numbers = model.loss(images, words, actions_NTA[frames], is_pad_NT[frames])
+    def loss(images: Tensor, ids: Tensor, frames: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_B, numbers = model.loss(images, ids, actions_NTA[frames], is_pad_NT[frames])
         return loss_B.mean(), numbers
 
-    def sums(images: Tensor, words: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
-        predicted_BTA, true_BTA = model.decode(images, words), actions_NTA[frames]
-        loss_B, _ = model.loss(images, words, true_BTA, is_pad_NT[frames])
+    def sums(images: Tensor, ids: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
+        predicted_BTA, true_BTA = model.decode(images, ids), actions_NTA[frames]
+        loss_B, _ = model.loss(images, ids, true_BTA, is_pad_NT[frames])
         error_B = (predicted_BTA[:, 0] - true_BTA[:, 0]).square().mean(-1)
         return {
             "action_l1": loss_B.sum(),

@@ -6,7 +6,7 @@ from typing import Any
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
-from lapa.schema import DenseBackbone, FinetuneConfig
+from lapa.schema import DenseBackbone, FinetuneConfig, WordText
 
 DEFAULTS = FinetuneConfig()
 
@@ -16,7 +16,7 @@ DEFAULTS = FinetuneConfig()
 class LapaConfig(PreTrainedConfig):
     """Image and instruction to a chunk of actions (arXiv 2410.11758).
 
-    backbone: the fields of one of `lapa.schema`'s backbones, `name` among them.
+    backbone, text: the fields of one of `lapa.schema`'s backbones and text encoders, `name` among them.
     action_head: chunk (continuous) or bins (quantile bins).
     n_action_steps: actions of a chunk that are executed before the policy looks again.
     """
@@ -27,7 +27,7 @@ class LapaConfig(PreTrainedConfig):
 
     image_size: int = DEFAULTS.image_size
     image_tokenizer: str = DEFAULTS.image_tokenizer
-    max_text_tokens: int = DEFAULTS.max_text_tokens
+    text: dict[str, Any] = field(default_factory=lambda: asdict(WordText()))
     backbone: dict[str, Any] = field(default_factory=lambda: asdict(DenseBackbone()))
     action_head: str = DEFAULTS.action_head
     num_bins: int = DEFAULTS.num_bins

@@ -15,7 +15,6 @@ from torch import Tensor
 from lapa import schema
 from lapa.latent_vla.heads import build_action_head
 from lapa.latent_vla.model import ActionModel, VisionLanguageTrunk
-from lapa.text import encode_text
 from lapa.trainer import parameter_groups
 from policies.lapa.configuration_lapa import LapaConfig
 
@@ -39,7 +38,8 @@ class LapaPolicy(PreTrainedPolicy):
         assert config.action_feature is not None
         self.config: LapaConfig = config
         backbone = schema.from_dict("backbone", config.backbone)
-        trunk = VisionLanguageTrunk(backbone, config.image_tokenizer, config.image_size, config.max_text_tokens)
+        text = schema.from_dict("text", config.text)
+        trunk = VisionLanguageTrunk(backbone, text, config.image_tokenizer, config.image_size)
         head = build_action_head(
             config.action_head, trunk.width, config.chunk_size, config.action_feature.shape[0], config.num_bins
         )
@@ -60,12 +60,12 @@ class LapaPolicy(PreTrainedPolicy):
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """Loss, a scalar or with reduction="none" one a sample (B,), and numbers to log."""
-        images_BCHW, words_BW = self._inputs(batch)
+        images_BCHW, ids_BW = self._inputs(batch)
         actions_BTA = batch[ACTION]
         is_pad_BT = batch.get("action_is_pad")
         if is_pad_BT is None:
             is_pad_BT = torch.zeros(actions_BTA.shape[:2], dtype=torch.bool, device=actions_BTA.device)
-        loss_B, numbers = self.model.loss(images_BCHW, words_BW, actions_BTA, is_pad_BT)
+        loss_B, numbers = self.model.loss(images_BCHW, ids_BW, actions_BTA, is_pad_BT)
         to_log = {name: float(value) for name, value in numbers.items()}
         if reduction == "none":
             return loss_B, to_log
@@ -92,7 +92,7 @@ class LapaPolicy(PreTrainedPolicy):
         }
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) of the model's size, and word ids (B, W)."""
+        """Images (B, C, H, W) of the model's size, and text ids (B, W)."""
         key = next(iter(self.config.image_features))
         if key not in batch:
             raise ValueError(f"the batch has no {key!r}, only {sorted(batch)}: map the camera with rename_map")
@@ -107,4 +107,4 @@ class LapaPolicy(PreTrainedPolicy):
         size = (self.config.image_size, self.config.image_size)
         if images_BCHW.shape[-2:] != size:
             images_BCHW = F.interpolate(images_BCHW, size, mode="bilinear", antialias=True)
-        return images_BCHW, encode_text(tasks, self.config.max_text_tokens).to(images_BCHW.device)
+        return images_BCHW, self.model.trunk.encode_text(tasks).to(images_BCHW.device)

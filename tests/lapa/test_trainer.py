@@ -14,7 +14,15 @@ from torch import nn
 from lapa.checkpoint import MODEL_FILE, save_model
 from lapa.runtime import setup
 from lapa.schema import Runtime, Training
-from lapa.trainer import finish, fit, learning_rate_factor, read_log, update_average
+from lapa.trainer import (
+    clip_gradients,
+    finish,
+    fit,
+    learning_rate_factor,
+    parameter_groups,
+    read_log,
+    update_average,
+)
 
 CPU = Runtime(device="cpu", dtype="float32", num_threads=1)
 
@@ -112,3 +120,15 @@ def test_the_average_follows_floats_and_copies_counters():
 
 if __name__ == "__main__":  # the process that the first test kills
     train(Path(sys.argv[1]), pause_s=0.1)
+
+
+def test_parameters_with_a_rate_of_their_own_are_grouped_and_clipped_apart():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    model[1].weight.learning_rate_ratio = 10.0
+    groups = parameter_groups(model, 0.1, {"1.": 0.5})
+    assert [(g["learning_rate_ratio"], g["clipped_apart"]) for g in groups] == [(5.0, True), (1.0, False)]
+    optimizer = torch.optim.AdamW(groups)
+    model[0].weight.grad, model[1].weight.grad = torch.full((2, 2), 0.1), torch.full((2, 2), 50.0)
+    assert clip_gradients(optimizer, 1.0) == pytest.approx(0.2)
+    assert model[0].weight.grad.norm() == pytest.approx(0.2)
+    assert model[1].weight.grad.norm() == pytest.approx(1.0, rel=1e-4)

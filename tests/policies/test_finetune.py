@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from lapa.checkpoint import read_json
 from lapa.data import read_store, to_float
 from lapa.latent_vla import pretrain
-from lapa.schema import FinetuneConfig, PretrainConfig, Runtime, Training
+from lapa.schema import FinetuneConfig, PretrainConfig, Runtime, Training, WordText
 from policies import finetune
 from policies.lapa.modeling_lapa import LapaPolicy
 from tests.lapa.latent_vla.conftest import write_labels, write_store
@@ -34,6 +34,7 @@ def pretrained(tmp_path_factory, demos):
                 labels=str(labels),
                 target=target,
                 backbone=BACKBONE,
+                text=WordText(),
                 image_size=16,
                 chunk_size=3,
                 holdout_fraction=0.2,
@@ -53,6 +54,7 @@ def config(folder, demos, num_steps=2, **changes) -> FinetuneConfig:
         "output_dir": str(folder / "policy"),
         "data": str(demos),
         "backbone": BACKBONE,
+        "text": WordText(),
         "image_size": 16,
         "random_shift_pixels": 1,
         "num_bins": 8,

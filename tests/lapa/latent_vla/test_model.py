@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from lapa.backbones.base import LATENT_ACTION
+from lapa.backbones.base import LATENT_ACTION, attention_mask
 from lapa.latent_vla.heads import BinnedActionHead, ChunkActionHead, LatentHead, build_action_head
-from lapa.latent_vla.model import ActionModel, LatentActionModel, VisionLanguageTrunk, prefix_mask
-from lapa.schema import DenseBackbone
+from lapa.latent_vla.model import ActionModel, LatentActionModel, VisionLanguageTrunk
+from lapa.schema import DenseBackbone, WordText
 from lapa.text import encode_text
 
 CODE_LENGTH, CODEBOOK_SIZE = 3, 5
@@ -13,7 +13,7 @@ TEXTS = ["go to the red moon", "reach the blue cube", "touch the star", "go"]
 
 def new_trunk(image_tokenizer: str = "keypoints") -> VisionLanguageTrunk:
     torch.manual_seed(0)
-    return VisionLanguageTrunk(DenseBackbone(width=32, num_layers=2), image_tokenizer, 32, max_text_tokens=6)
+    return VisionLanguageTrunk(DenseBackbone(width=32, num_layers=2), WordText(max_words=6), image_tokenizer, 32)
 
 
 def batch():
@@ -24,10 +24,14 @@ def batch():
 
 
 def test_prefix_sees_both_ways_actions_causally_and_nobody_padding():
-    mask = prefix_mask(torch.tensor([[True, False]]), num_image_tokens=2, num_action_tokens=2)[0].int().tolist()
+    trunk = new_trunk()
+    _, prefix = trunk.prefix(torch.rand(2, 3, 32, 32), encode_text(["go now", "go"], 6))
+    layout = prefix[1:, [0, 1, 2, 3]]
+    layout = layout.then(trunk.action_layout(layout, torch.zeros(1, 2, 32), LATENT_ACTION))
+    mask = attention_mask(layout, layout, trunk.backbone.mask)[0].int().tolist()
     assert mask == [
         [1, 0, 1, 1, 0, 0],
-        [1, 0, 1, 1, 0, 0],
+        [0, 1, 0, 0, 0, 0],
         [1, 0, 1, 1, 0, 0],
         [1, 0, 1, 1, 0, 0],
         [1, 0, 1, 1, 1, 0],

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from lapa.checkpoint import read_json, write_json, write_tensors
 from lapa.latent_vla import pretrain
-from lapa.schema import DenseBackbone, PretrainConfig, Runtime, Training
+from lapa.schema import DenseBackbone, PretrainConfig, Runtime, Training, WordText
 from tests.lapa.latent_vla.conftest import write_labels, write_store
 
 BACKBONE = DenseBackbone(width=32, num_layers=1, num_heads=2)
@@ -19,6 +19,7 @@ def config(tmp_path, store, labels=None, target="latent", num_steps=60, **change
         labels=str(labels) if labels else None,
         target=target,
         backbone=BACKBONE,
+        text=WordText(),
         image_size=16,
         random_shift_pixels=1,
         chunk_size=3,

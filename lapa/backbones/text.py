@@ -1,0 +1,88 @@
+"""Text encoders behind one contract: instructions to token embeddings of the backbone's width.
+
+    ids_BW = encoder.encode_text(texts)     on the CPU, padded with 0: what a batch carries
+    text = encoder(ids_BW)                  tokens with their positions, and one vector of the whole instruction
+
+Shapes: B batch, W ids of a text, T tokens (words, bytes or patches; T <= W), D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lapa import schema, text
+from lapa.text import PADDING_ID, TEXT_VOCABULARY
+
+# The name in the configuration, the module that holds the encoder, and its class.
+TEXT_ENCODERS: dict[str, tuple[str, str]] = {
+    "words": ("lapa.backbones.text", "WordEncoder"),
+}
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Tokens of a batch of instructions, and a summary that does not know their order.
+
+    tokens_BTD: embeddings with positions. is_token_BT: bool, False for padding. summary_BD: RMS-normalised.
+    """
+
+    tokens_BTD: Tensor
+    is_token_BT: Tensor
+    summary_BD: Tensor
+
+
+class TextEncoder(nn.Module):
+    """What every text encoder is."""
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Ids (B, W) int64 on the CPU, 0 for padding; what does not fit is cut off."""
+        raise NotImplementedError
+
+    def count_longer(self, texts: Sequence[str]) -> int:
+        """How many texts `encode_text` cuts off."""
+        raise NotImplementedError
+
+    def forward(self, ids_BW: Tensor) -> EncodedText:
+        raise NotImplementedError
+
+
+class WordEncoder(TextEncoder):
+    """One token a word, by stable hashing (lapa/text.py)."""
+
+    def __init__(self, config: schema.WordText, width: int):
+        super().__init__()
+        self.max_words, self.width = config.max_words, width
+        self.embedding = nn.Embedding(TEXT_VOCABULARY, width, padding_idx=PADDING_ID)
+        self.position = nn.Parameter(torch.randn(config.max_words, width) * 0.02)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        return text.encode_text(texts, self.max_words)
+
+    def count_longer(self, texts: Sequence[str]) -> int:
+        return text.count_longer(texts, self.max_words)
+
+    def forward(self, ids_BW: Tensor) -> EncodedText:
+        ids_BT = without_empty_columns(ids_BW)
+        words_BTD = self.embedding(ids_BT)
+        return EncodedText(
+            tokens_BTD=words_BTD + self.position[: ids_BT.shape[1]],
+            is_token_BT=ids_BT != PADDING_ID,
+            summary_BD=F.rms_norm(words_BTD.sum(1), (self.width,)),
+        )
+
+
+def without_empty_columns(ids_BW: Tensor) -> Tensor:
+    """The ids without the columns that are padding in every row: they cost time and change nothing."""
+    return ids_BW[:, : max(1, int((ids_BW != PADDING_ID).sum(1).max()))]
+
+
+def build_text_encoder(config: schema.TextEncoder, width: int) -> TextEncoder:
+    """The text encoder that `config.name` names, with random weights; ValueError for a name we do not know."""
+    if config.name not in TEXT_ENCODERS:
+        raise ValueError(f"unknown text encoder {config.name!r}: known are {sorted(TEXT_ENCODERS)}")
+    module, class_name = TEXT_ENCODERS[config.name]
+    return getattr(import_module(module), class_name)(config, width)

@@ -1,0 +1,1 @@
+"""Controlled experiments on the parts of the model zoo: `lapa study study=<name>`, one file a study."""

@@ -1,0 +1,36 @@
+import json
+
+import numpy as np
+import pytest
+
+from lapa.studies.study import shown, steps_to_reach, student_interval, summary, table
+
+
+def test_the_interval_over_seeds_is_students():
+    low, high = student_interval(np.array([1.0, 2.0, 3.0]))
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert student_interval(np.array([4.0])) == (4.0, 4.0)
+
+
+def test_arms_are_compared_seed_by_seed():
+    first, second = [{"recall": 1.0}, {"recall": 5.0}], [{"recall": 2.0}, {"recall": 6.0}]
+    found = summary(second, first)["recall"]
+    assert found["difference"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert found["mean"] == 4.0 and found["low"] < 2.0
+
+
+def test_a_table_has_a_dash_where_an_arm_has_no_such_number():
+    runs = {"dense": [{"recall": 0.25, "usage": 7.0}], "memory": [{"recall": 0.5}]}
+    text = table({arm: summary(numbers, runs["dense"]) for arm, numbers in runs.items()}, ["recall", "usage"])
+    assert text.splitlines()[2:] == ["| dense | 0.25 | 7 |", "| memory | 0.5 | - |"]
+
+
+def test_large_numbers_are_shown_in_full():
+    assert shown(1234567.0) == "1,234,567" and shown(0.12345) == "0.123" and shown(float("nan")) == "nan"
+
+
+def test_steps_to_reach_a_level(tmp_path):
+    rows = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}, {"step": 30, "loss": 1.0}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert steps_to_reach(tmp_path, "loss", 2.5) == 20
+    assert np.isnan(steps_to_reach(tmp_path, "loss", 0.5))
