@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import traceback
+from importlib import resources
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -131,12 +132,17 @@ def _option_lines(config, prefix: str) -> list[str]:
         name, value = prefix + field.name, getattr(config, field.name)
         if field.type in choices:
             lines.append(f"  {name:<34} one of {' | '.join(choices[field.type])}, each with its options:")
+            for choice, title in _presets(choices[field.type]):
+                lines.append(f"    {f'{name}={choice}':<32} {title}")
             for choice, node in choices[field.type].items():
                 lines.append(f"    {f'{name}={choice}':<32} {inspect.cleandoc(node.__doc__ or '').splitlines()[0]}")
                 node_comments = _field_comments(node)
                 for option in dataclasses.fields(node):
                     if option.name != "name":
-                        shown = f"{name}.{option.name}={_shown(option.default)}"
+                        default = option.default
+                        if option.default_factory is not dataclasses.MISSING:
+                            default = option.default_factory()
+                        shown = f"{name}.{option.name}={_shown(default)}"
                         lines.append(f"      {shown:<30} {node_comments.get(option.name, '')}".rstrip())
         elif dataclasses.is_dataclass(value):
             lines += _option_lines(value, f"{name}.")
@@ -150,8 +156,20 @@ def _shown(value) -> str:
 
 
 def _bases(choices: dict[str, type]) -> set[type]:
-    """The declared base class that a group's dataclasses share."""
-    return {base for node in choices.values() for base in node.__mro__[1:] if dataclasses.is_dataclass(base)}
+    """The classes that a field of the group may be declared with: the choices and what they derive from."""
+    return {base for node in choices.values() for base in node.__mro__ if dataclasses.is_dataclass(base)}
+
+
+def _presets(choices: dict[str, type]) -> list[tuple[str, str]]:
+    """Name and first comment of the files in configs/<group>/: choices with some of their options set."""
+    group = next(group for group, names in schema.GROUPS.items() if names is choices)
+    folder = resources.files("configs") / group
+    files = sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []
+    return [
+        (file.name.removesuffix(".yaml"), file.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
+        for file in files
+        if file.name.endswith(".yaml")
+    ]
 
 
 def _field_comments(config: type) -> dict[str, str]:

@@ -55,9 +55,18 @@ STAGES = {
         "ImportLapaConfig",
     ),
     "finetune": Stage("a few demonstrations -> LeRobot policy", "policies.finetune", "FinetuneConfig"),
+    "hindsight": Stage(
+        "a few labelled and many unlabelled trajectories -> labelled data sets, one an arm",
+        "policies.hindsight",
+        "HindsightConfig",
+    ),
+    "replay": Stage(
+        "proposed actions for recorded episodes -> data set verified in simulation", "envs.replay", "ReplayConfig"
+    ),
     "evaluate": Stage(
         "LeRobot policy -> success in MuJoCo, with intervals and videos", "envs.evaluate", "EvaluateConfig"
     ),
+    "serve": Stage("policy -> server for robots: WebSocket and HTTP", "policies.serving.server", "ServeConfig"),
     "study": Stage("an experiment on the model zoo -> table with intervals", "lapa.studies.study", "StudyConfig"),
     "report": Stage("run directory -> report.html", "lapa.report", "ReportConfig"),
     "run": Stage("all stages in one run directory: lapa run experiment=quickstart", "lapa.pipeline", "RunConfig"),

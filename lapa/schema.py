@@ -527,6 +527,41 @@ class DenseBackbone(Backbone):
 
 
 @dataclass
+class MoTBackbone(DenseBackbone):
+    """Mixture-of-transformers: weights of its own for every modality, attention over all tokens (arXiv 2411.04996).
+
+    Modalities: text, image, latent_action, proprioception, robot_action.
+    """
+
+    name: str = "mot"
+    untie: list[str] = field(  # what experts do not share: some of attention, feed_forward, norms
+        default_factory=lambda: ["attention", "feed_forward", "norms"]
+    )
+    # Modalities that share an expert. The actions do, so that finetuning on robot actions begins with trained weights.
+    merged: list[list[str]] = field(  # such as [[text,image]]; [] for an expert each
+        default_factory=lambda: [["latent_action", "proprioception", "robot_action"]]
+    )
+    norm_placement: str = "pre"  # pre (before attention and feed-forward) | post (after each, as Chameleon's code)
+    action_width: int = 0  # width of experts that see actions alone; 0: as the others
+
+
+@dataclass
+class MemoryBackbone(DenseBackbone):
+    """Memory+ (arXiv 2412.09764): some feed-forwards become look-ups in one large table, for facts."""
+
+    name: str = "memory"
+    memory_layers: list[int] = field(default_factory=list)  # which layers, from 0; empty: spread around the middle
+    num_memory_layers: int = 3  # where memory_layers is empty; at most every second layer
+    num_half_keys: int = 64  # the table has the square of this many values
+    num_memory_heads: int = 2
+    num_best_slots: int = 8  # values that a head mixes
+    key_width: int = 64  # of a query and a key, both halves together
+    memory_gate: bool = True  # Memory+; false: plain memory, the mixed values as they are
+    memory_query_key_norm: bool = True  # RMSNorm on the memory's queries and keys, for small models
+    value_learning_rate_ratio: float = 10.0  # of the table, to training.learning_rate
+
+
+@dataclass
 class TextEncoder:
     """Instructions to tokens (lapa/backbones/text.py)."""
 
@@ -539,6 +574,55 @@ class WordText(TextEncoder):
 
     name: str = "words"
     max_words: int = 16  # of an instruction; the rest is cut off
+
+
+@dataclass
+class ByteText(TextEncoder):
+    """One token a byte: spelling is seen, no word is unknown, and sequences are some five times as long as in words."""
+
+    name: str = "bytes"
+    max_bytes: int = 96  # of an instruction in UTF-8; the rest is cut off
+    lower_case: bool = False  # read capitals as small letters
+    byte_width: int = 64  # of the vectors of bytes
+    num_byte_layers: int = 1  # causal transformer layers over the bytes, before the backbone
+    num_byte_heads: int = 4  # of these layers
+    max_ngram: int = 0  # n-grams of 3 to this many bytes get embeddings too, by hashing; 0: none
+    ngram_table_size: int = 2000  # embeddings for each n (500002 in the released BLT)
+
+
+@dataclass
+class BltText(ByteText):
+    """Byte latent transformer (arXiv 2412.09871): one token a patch of bytes, where patches follow the text."""
+
+    name: str = "blt"
+    max_ngram: int = 8  # n-grams of 3 to this many bytes get embeddings too, by hashing; 0: none
+    patcher: str = "entropy"  # entropy (a patch begins where a byte model is unsure) | space (words) | static
+    mean_patch_bytes: float = 4.5  # entropy: the threshold is chosen so, on the data's instructions; static: the stride
+    entropy_rule: str = "global"  # global (entropy) | monotonic (its rise) | combined (entropy, where it rises)
+    queries_per_patch: int = 2  # vectors that look at a patch's bytes, concatenated
+    entropy_width: int = 32  # of the byte model that finds patches
+    num_entropy_layers: int = 1  # of the byte model
+    num_entropy_heads: int = 2  # of the byte model
+    entropy_steps: int = 300  # of its training, 64 instructions a step
+
+
+@dataclass
+class FutureFrame:
+    """Pretraining also denoises the future frame, in the same sequence as the latent action (arXiv 2408.11039).
+
+    The future frame is the one that the quantizer saw; only for labels that are codes.
+    """
+
+    weight: float = 0.0  # 0: off; of the denoising loss beside the latent tokens' cross-entropy, 5 in the paper
+    process: str = "diffusion"  # diffusion (DDPM, cosine schedule, noise predicted) | flow (flow matching)
+    image_size: int = 32  # pixels that the frame is resized to, to be denoised
+    patches: str = "linear"  # linear (one matrix) | unet (convolutions and skip connections around the trunk)
+    patch_size: int = 4  # pixels of the side of a token's patch
+    frame_first_share: float = 0.2  # of the samples: the frame comes first, the latent action is read from it
+    frame_first_max_noise: float = 0.5  # of the time from data to noise, in those samples; 1: no cap
+    condition_dropout: float = 0.1  # share of samples without instruction and latent action, which guidance needs
+    num_sampling_steps: int = 25  # of the sampled frames in metrics and pictures; 250 in the paper
+    guidance: float = 1.0  # of those samples: 1: none; 3 to 5 in the paper
 
 
 @dataclass
@@ -556,6 +640,7 @@ class PretrainConfig:
     image_tokenizer: str = "keypoints"  # keypoints (picked by the instruction) | grid (a token a patch)
     random_shift_pixels: int = 4  # augmentation, zero: off
     chunk_size: int = 4  # actions predicted at once (target=action)
+    future_frame: FutureFrame = field(default_factory=FutureFrame)
     ignore_gate: bool = False  # pretrain even on a quantizer that failed its gate
     holdout_fraction: float = 0.05
     cache_dir: str | None = None
@@ -591,8 +676,9 @@ class FinetuneConfig:
     image_size: int = 64
     image_tokenizer: str = "keypoints"  # keypoints (picked by the instruction) | grid (a token a patch)
     random_shift_pixels: int = 4
-    action_head: str = "chunk"  # chunk (continuous) | bins (quantile bins, as in the paper)
+    action_head: str = "chunk"  # chunk (L1) | bins (quantiles, as in the paper) | diffusion | flow (sampled chunks)
     num_bins: int = 64
+    num_sampling_steps: int = 10  # from noise to a chunk (action_head=diffusion, flow)
     chunk_size: int = 4
     num_action_steps: int = 2  # of a chunk, before the policy looks again
     num_episodes: int | None = None  # the first n episodes only; null: all
@@ -600,6 +686,65 @@ class FinetuneConfig:
     cache_dir: str | None = None
     training: Training = field(default_factory=lambda: Training(num_steps=150, learning_rate=2e-3, warmup_steps=20))
     runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class TrajectoryEdit:
+    """How a trajectory is rewritten: idling and ways back are cut, the rest is smoothed."""
+
+    idle_m: float = 0.01  # steps shorter than this are idling
+    revisit_m: float = 0.02  # a path that comes back as near as this to where it was is cut in between
+    # Each gives a candidate that stays this near the path, metres; the boldest that proves itself in replay is taken.
+    smooth_m: list[float] = field(default_factory=lambda: [0.1, 0.05, 0.02])
+
+
+@dataclass
+class HindsightConfig:
+    """`lapa hindsight`: a few labelled trajectories teach what unlabelled ones did, and which of them to learn from.
+
+    Instruction back-and-forth translation (arXiv 2408.04614). Actions must be displacements.
+    """
+
+    output_dir: str = MISSING
+    labelled: str = MISSING  # LeRobotDataset of a few demonstrations with instructions: the seed pairs
+    data: str = MISSING  # LeRobotDataset of play; its instructions are ignored
+    truth: str | None = None  # episodes.jsonl of `lapa demos play=true`: measures labels, adds an arm, teaches nothing
+    arms: list[str] = field(
+        default_factory=lambda: ["random", "unfiltered", "filter", "rewrite", "both", "distil", "truth"]
+    )
+    keep_share: float = 0.25  # of the play that every arm gets: the best of it, or as many at random
+    holdout_share: float = 0.2  # of the labelled episodes; they calibrate the models, which never train on them
+    temperature: float = 1.0  # of sampled instructions
+    top_p: float = 0.9  # instructions are sampled from the likeliest that have this probability together
+    num_backward_frames: int = 3  # of a trajectory, that are asked which instruction explains its end
+    num_forward_frames: int = 10  # of a trajectory, whose actions are scored
+    num_distractors: int = 4  # other instructions that an instruction must explain the actions better than
+    edit: TrajectoryEdit = field(default_factory=TrajectoryEdit)
+    # Of both models; the stage sets data, output_dir, num_episodes and, for the backward model, chunk_size.
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    # By slot, the words that can fill it: how labels are compared with the truth.
+    slots: dict[str, list[str]] = field(
+        default_factory=lambda: {
+            "colour": ["red", "blue", "green", "yellow"],
+            "object": ["cube", "moon", "star", "pentagon"],
+        }
+    )
+    seed: int = 0  # of samples, distractors and random picks
+    cache_dir: str | None = None  # decoded frames; default $LAPA_CACHE, else ~/.cache/lapa
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class ReplayConfig:
+    """`lapa replay`: proposed actions, or a policy, begin recorded episodes again and become a data set."""
+
+    output_dir: str = MISSING
+    data: str = MISSING  # output_dir of `lapa demos`, which knows the seeds
+    proposals: str = MISSING  # a file of `lapa hindsight`: episodes, instructions, candidate actions
+    policy: str | None = None  # LeRobot policy folder that acts instead of candidates; null: candidates
+    tolerance_m: float = 0.015  # between the ends of a candidate and of the episode: tip, and every block
+    rest_m: float = 0.015  # a policy that moves less within 4 steps has finished
+    device: str = "auto"  # of the policy: auto | cpu | cuda | cuda:N
 
 
 @dataclass
@@ -618,6 +763,46 @@ class EvaluateConfig:
     variant: str = "default"
     num_envs: int = 25
     num_videos: int = 4  # a family
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class Embodiment:
+    """What a robot may be told: bounds of its actions and their rates, and when to stop (policies/serving/safety.py).
+
+    configs/embodiment/ holds one file a robot; embodiment=custom takes all from the command line.
+    """
+
+    name: str = "custom"
+    action_low: list[float] = MISSING  # one number an action dimension, in the robot's units
+    action_high: list[float] = MISSING
+    max_rate: list[float] = field(default_factory=list)  # largest change of a command in units/s; empty: none
+    relative: bool = False  # actions are changes of position: max_rate limits them times control_hz
+    control_hz: float = 10.0  # commands a second
+    max_observation_age_s: float = 0.5  # an older observation stops the robot; 0: not checked
+    watchdog_s: float = 1.0  # so long without a command stops the robot; 0: off
+    on_limit: str = "clip"  # clip (an action beyond the limits is moved to them) | stop
+
+
+@dataclass
+class ServeConfig:
+    """`lapa serve`: a policy behind WebSocket (openpi's clients work) and HTTP POST /act.
+
+    On this machine alone, unless host says otherwise; then a token is required:
+        export LAPA_SERVE_TOKEN=$(openssl rand -hex 32)
+        lapa serve policy=outputs/quickstart/finetune/lapa-seed0 embodiment=tabletop host=0.0.0.0
+    """
+
+    policy: str = MISSING  # folder of `lapa finetune`, lerobot-train or save_pretrained
+    embodiment: Embodiment = MISSING
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token_env: str = "LAPA_SERVE_TOKEN"  # the environment variable that holds the token, at least 16 characters
+    max_request_mb: float = 16.0  # 10^6 bytes of one message
+    max_requests_per_s: float = 100.0  # of one client address, bursts of twice as many; 0: no limit
+    max_connections: int = 16  # WebSockets at once
+    max_waiting: int = 4  # requests in line for the policy; more are refused
+    shutdown_s: float = 5.0  # how long requests at work may take after Ctrl-C
     runtime: Runtime = field(default_factory=Runtime)
 
 
@@ -700,8 +885,9 @@ GROUPS: dict[str, dict[str, type]] = {
         "features": FeatureTarget,
         "latent_consistency": LatentConsistencyTarget,
     },
-    "backbone": {"dense": DenseBackbone},
-    "text": {"words": WordText},
+    "backbone": {"dense": DenseBackbone, "mot": MoTBackbone, "memory": MemoryBackbone},
+    "text": {"words": WordText, "bytes": ByteText, "blt": BltText},
+    "embodiment": {"custom": Embodiment},
     "study": {},
 }
 

@@ -1,0 +1,74 @@
+"""A saved LeRobot policy as a function from one checked observation to a chunk of actions in the robot's units."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.utils.import_utils import register_third_party_plugins
+
+from policies.serving.protocol import is_image
+
+
+def refuse_foreign_code(folder: Path) -> None:
+    """ValueError where a processor file names a class outside LeRobot, which loading it would import and call."""
+    for file in sorted(folder.glob("policy_*processor.json")):
+        for step in json.loads(file.read_text(encoding="utf-8")).get("steps", []):
+            if "registry_name" not in step and not str(step.get("class", "")).startswith("lerobot."):
+                raise ValueError(
+                    f"{file} asks for {step.get('class')!r}: only registered steps and classes of lerobot are loaded "
+                    "from a policy folder"
+                )
+
+
+class ServedPolicy:
+    """A policy folder on a device.
+
+    Attributes:
+        inputs: name and shape of each observation that the policy needs, images as (3, H, W).
+        action_shape: (T, A) of what `infer` returns.
+
+    Raises:
+        ValueError: where the folder is no policy, or the policy remembers earlier observations, which one server for
+            several robots cannot do.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device) -> None:
+        folder = Path(folder).expanduser()
+        config_file = folder / "config.json"
+        if not config_file.is_file() or "type" not in json.loads(config_file.read_text(encoding="utf-8")):
+            raise ValueError(
+                f"{folder} is no LeRobot policy (no config.json with a type): expected a folder written by "
+                "`lapa finetune`, lerobot-train or save_pretrained"
+            )
+        refuse_foreign_code(folder)
+        register_third_party_plugins()
+        config = PreTrainedConfig.from_pretrained(folder)
+        if getattr(config, "n_obs_steps", 1) != 1:
+            raise ValueError(
+                f"n_obs_steps of the policy is {config.n_obs_steps}: only policies that see one observation are served"
+            )
+        config.device = str(device)
+        self.type, self.device = config.type, device
+        self.policy = get_policy_class(config.type).from_pretrained(folder, config=config).to(device).eval()
+        self.preprocess, self.postprocess = make_pre_post_processors(
+            config,
+            pretrained_path=str(folder),
+            preprocessor_overrides={"device_processor": {"device": str(device)}},
+        )
+        self.inputs = {name: tuple(feature.shape) for name, feature in (config.input_features or {}).items()}
+        assert config.action_feature is not None
+        self.action_shape = (int(getattr(config, "chunk_size", 1)), int(config.action_feature.shape[0]))
+
+    def infer(self, observation: dict[str, Any]) -> np.ndarray:
+        """Actions (T, A) float32 for what `protocol.read_observation` returns."""
+        batch: dict[str, Any] = {"task": [observation["task"]]}
+        for name in self.inputs:
+            tensor = torch.from_numpy(np.ascontiguousarray(observation[name])).to(self.device)[None]
+            batch[name] = tensor.permute(0, 3, 1, 2).float() / 255 if is_image(name) else tensor
+        with torch.inference_mode():
+            chunk_BTA = self.policy.predict_action_chunk(self.preprocess(batch))
+            return self.postprocess(chunk_BTA)[0].float().cpu().numpy()
