@@ -1,6 +1,8 @@
-"""LeRobot imports this module at start-up, by its name's prefix: it registers the policy and the environments."""
+"""LeRobot imports this module at start-up, by its name's prefix: it registers the policy, environments and robots."""
 
 import envs  # noqa: F401
+from envs.config_simulated_tabletop import SimulatedTabletopConfig
 from policies.lapa.configuration_lapa import LapaConfig
+from policies.serving.config_safe_robot import SafeRobotConfig
 
-__all__ = ["LapaConfig"]
+__all__ = ["LapaConfig", "SafeRobotConfig", "SimulatedTabletopConfig"]

@@ -17,7 +17,8 @@ class LapaConfig(PreTrainedConfig):
     """Image and instruction to a chunk of actions (arXiv 2410.11758).
 
     backbone, text: the fields of one of `lapa.schema`'s backbones and text encoders, `name` among them.
-    action_head: chunk (continuous) or bins (quantile bins).
+    action_head: chunk (continuous), bins (quantile bins), diffusion or flow (sampled chunks).
+    num_sampling_steps: from noise to a chunk, where action_head is diffusion or flow.
     n_action_steps: actions of a chunk that are executed before the policy looks again.
     """
 
@@ -31,6 +32,7 @@ class LapaConfig(PreTrainedConfig):
     backbone: dict[str, Any] = field(default_factory=lambda: asdict(DenseBackbone()))
     action_head: str = DEFAULTS.action_head
     num_bins: int = DEFAULTS.num_bins
+    num_sampling_steps: int = DEFAULTS.num_sampling_steps
 
     # Images reach the model in [0, 1]; its own first layer centres them.
     normalization_mapping: dict[str, NormalizationMode] = field(

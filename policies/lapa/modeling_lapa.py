@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H W pixels, T chunk size, A action dimensions.
 """
 
 from collections import deque
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from lapa import schema
 from lapa.latent_vla.heads import build_action_head
-from lapa.latent_vla.model import ActionModel, VisionLanguageTrunk
+from lapa.latent_vla.model import build_action_model, build_trunk
 from lapa.trainer import parameter_groups
 from policies.lapa.configuration_lapa import LapaConfig
+from policies.lapa.real_time import blend_chunks
 
 P = TypeVar("P", bound="LapaPolicy")
 
@@ -39,11 +41,18 @@ class LapaPolicy(PreTrainedPolicy):
         self.config: LapaConfig = config
         backbone = schema.from_dict("backbone", config.backbone)
         text = schema.from_dict("text", config.text)
-        trunk = VisionLanguageTrunk(backbone, text, config.image_tokenizer, config.image_size)
+        trunk = build_trunk(backbone, text, config.image_tokenizer, config.image_size)
+        # As built: a model of transformers then needs its folder no more.
+        config.backbone = asdict(trunk.backbone.config)
         head = build_action_head(
-            config.action_head, trunk.width, config.chunk_size, config.action_feature.shape[0], config.num_bins
+            config.action_head,
+            trunk.width,
+            config.chunk_size,
+            config.action_feature.shape[0],
+            config.num_bins,
+            config.num_sampling_steps,
         )
-        self.model = ActionModel(trunk, head)
+        self.model = build_action_model(trunk, head)
         self.reset()
 
     @classmethod
@@ -72,10 +81,27 @@ class LapaPolicy(PreTrainedPolicy):
         return loss_B.mean(), to_log
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """Normalised actions (B, T, A); the postprocessor brings them to metres or radians."""
+    def predict_action_chunk(
+        self,
+        batch: dict[str, Any],
+        generator: torch.Generator | None = None,
+        inference_delay: int = 0,
+        prev_chunk_left_over: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Normalised actions (B, T, A); the postprocessor brings them to metres or radians.
+
+        Args:
+            generator: on the CPU, for heads that sample; None: the same observation gives the same chunk.
+            inference_delay, prev_chunk_left_over: of real-time chunking, see `blend_chunks`.
+        """
         self.eval()
-        return self.model.decode(*self._inputs(batch))
+        chunk_BTA = self.model.decode(*self._inputs(batch), generator)
+        return blend_chunks(chunk_BTA, prev_chunk_left_over, inference_delay)
+
+    def supports_rtc(self) -> bool:
+        """Whether LeRobot's real-time chunking may run this policy."""
+        return True
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
@@ -87,7 +113,8 @@ class LapaPolicy(PreTrainedPolicy):
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         return {
-            "target_modules": r"model\.trunk\.backbone\..*\.(query_key_value|output|gate_up|down)",
+            "target_modules": r"model\.trunk\.backbone\..*\."
+            r"(query_key_value|output|gate_up|down|[qkvo]_proj|(gate|up|down)_proj)",
             "modules_to_save": ["action_head"],
         }
 

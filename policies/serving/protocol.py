@@ -19,7 +19,7 @@ DTYPES = {"|u1", "|i1", "|b1", "<i2", "<i4", "<i8", "<u2", "<u4", "<u8", "<f2", 
 MAX_DIMENSIONS = 6
 MAX_ENTRIES = 64  # keys of a message, and lengths of the lists in it that are no arrays
 MAX_TEXT = 4096  # characters of an instruction
-INSTALL = "the policy server and its client need msgpack, aiohttp and websockets: pip install 'lerobot_policy_lapa[serve]'"
+INSTALL = "server and client need msgpack, aiohttp and websockets: pip install 'lerobot_policy_lapa[serve]'"
 
 
 class ProtocolError(ValueError):
@@ -122,7 +122,7 @@ def read_observation(message: Any, inputs: dict[str, tuple[int, ...]]) -> dict[s
         if is_image(name):
             if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
                 raise ProtocolError("shape", f"{name} is {array.shape}, expected (height, width, 3)")
-            if array.dtype.kind not in "ui" or array.size and not (0 <= array.min() and array.max() <= 255):
+            if array.dtype.kind not in "ui" or (array.size and not (array.min() >= 0 and array.max() <= 255)):
                 raise ProtocolError("dtype", f"{name} is {array.dtype}, expected uint8")
             observation[name] = array.astype(np.uint8)
             continue

@@ -59,7 +59,7 @@ class SafetyLimits:
         low, high, rate = (np.asarray(values, float) for values in (self.action_low, self.action_high, self.max_rate))
         if low.ndim != 1 or not len(low) or low.shape != high.shape:
             raise ValueError(
-                f"action_low has {low.size} and action_high {high.size} numbers, expected one an action dimension in both"
+                f"action_low has {low.size} and action_high {high.size} numbers, expected one an action dimension"
             )
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
             raise ValueError(f"action_low {low.tolist()} must be finite and below action_high {high.tolist()}")
@@ -135,7 +135,7 @@ class SafetyLayer:
                     raise self.stop(f"{name} of the observation holds a number that is not finite")
 
     def bound(self, action: np.ndarray) -> np.ndarray:
-        """The action (A,) float64 to send: within bounds, and no faster than the limit. SafetyStop where it must not act."""
+        """The action (A,) float64 to send, within bounds, no faster than allowed; SafetyStop where it must not act."""
         with self._lock:
             self._require_running()
             wanted = self._finite(action, "the action")

@@ -75,7 +75,9 @@ def read_token(cfg: ServeConfig) -> str | None:
     """The token of the environment; ValueError where the address needs one and there is none."""
     token = os.environ.get(cfg.token_env) or None
     if token is not None and len(token) < 16:
-        raise ValueError(f"the token in ${cfg.token_env} has {len(token)} characters, expected at least 16: openssl rand -hex 32")
+        raise ValueError(
+            f"the token in ${cfg.token_env} has {len(token)} characters, expected at least 16: openssl rand -hex 32"
+        )
     if token is None and not is_loopback(cfg.host):
         raise ValueError(
             f"host={cfg.host} can be reached from other machines, and ${cfg.token_env} holds no token: "

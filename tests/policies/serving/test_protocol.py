@@ -62,7 +62,7 @@ def test_what_is_no_message_is_refused(data):
 
 
 def test_objects_cannot_be_sent():
-    with pytest.raises(ProtocolError, match="dtype|object"):
+    with pytest.raises(ProtocolError, match=r"dtype|object"):
         pack({"a": np.array([object()])})
     with pytest.raises(ProtocolError, match="cannot be sent"):
         pack({"a": object()})

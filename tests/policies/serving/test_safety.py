@@ -117,7 +117,7 @@ def test_the_watchdog_wants_a_command_now_and_then():
     clock.now += 0.25
     safety.require_fresh()
     clock.now += 0.1
-    with pytest.raises(SafetyStop, match="no command for 0.350 s"):
+    with pytest.raises(SafetyStop, match=r"no command for 0\.350 s"):
         safety.require_fresh()
     with pytest.raises(SafetyStop, match="no command"):
         safety.bound(np.zeros(2))
