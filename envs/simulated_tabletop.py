@@ -39,6 +39,8 @@ class SimulatedTabletop(Robot):
         self.config = config
         self.num_episodes = self.num_successes = 0
         self._env: TabletopEnv | None = None
+        self._history: deque[dict[str, Any]] = deque()
+        self._last_frame = np.zeros(0, np.uint8)
 
     @property
     def observation_features(self) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class SimulatedTabletop(Robot):
         env = self._connected()
         env.reset(seed=self.config.seed + self.num_episodes)
         log.info("episode %d: %s", self.num_episodes, env.instruction)
-        self._history: deque[dict[str, Any]] = deque([self._look()], maxlen=self.config.latency_steps + 1)
+        self._history = deque([self._look()], maxlen=self.config.latency_steps + 1)
         self._last_frame = self._history[0]["top"]
 
     def _look(self) -> dict[str, Any]:

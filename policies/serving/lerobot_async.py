@@ -83,7 +83,7 @@ def build_server(policy: str | Path, nearness: float = 0.0, **options: Any):
     class OnePolicyServer(policy_server.PolicyServer):
         """Serves the policy it was started with, whatever the client asks for."""
 
-        def SendPolicyInstructions(self, request, context):  # noqa: N802
+        def SendPolicyInstructions(self, request, context):
             wanted = loads(request.data)
             wanted.policy_type, wanted.pretrained_name_or_path = served_type, served_path
             wanted.device = "cpu" if wanted.device not in ("cpu", "cuda", "mps") else wanted.device

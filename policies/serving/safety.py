@@ -53,7 +53,8 @@ class SafetyLimits:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SafetyLimits":
         """Limits from plain values, with lists where this class has tuples."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
     def __post_init__(self) -> None:
         low, high, rate = (np.asarray(values, float) for values in (self.action_low, self.action_high, self.max_rate))

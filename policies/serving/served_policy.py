@@ -25,18 +25,6 @@ def policy_type(folder: str | Path) -> str:
     return config["type"]
 
 
-def policy_type(folder: str | Path) -> str:
-    """The type that a policy folder's config.json names; ValueError where it is no policy."""
-    config_file = Path(folder).expanduser() / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    if "type" not in config:
-        raise ValueError(
-            f"{folder} is no LeRobot policy (no config.json with a type): expected a folder written by "
-            "`lapa finetune`, lerobot-train or save_pretrained"
-        )
-    return config["type"]
-
-
 def refuse_foreign_code(folder: Path) -> None:
     """ValueError where a processor file names a class outside LeRobot, which loading it would import and call."""
     for file in sorted(folder.glob("policy_*processor.json")):

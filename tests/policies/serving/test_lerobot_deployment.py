@@ -53,8 +53,9 @@ def test_lerobot_rollout_moves_the_robot(policy_folder, tmp_path, monkeypatch, i
     assert not robot.is_connected
 
 
-def test_lerobots_async_client_drives_the_robot_through_our_server(policy_folder, tmp_path):
+def test_lerobots_async_client_drives_the_robot_through_our_server(policy_folder, tmp_path, monkeypatch):
     pytest.importorskip("grpc")
+    monkeypatch.chdir(tmp_path)  # LeRobot's client and server log into ./logs
     from lerobot.async_inference.configs import RobotClientConfig
     from lerobot.async_inference.robot_client import RobotClient
 
