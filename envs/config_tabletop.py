@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
@@ -15,6 +14,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from envs import FAMILIES
 from envs.arena import CONTROL_HZ
+from envs.named_camera import make_env
 
 
 @EnvConfig.register_subclass("tabletop")
@@ -68,22 +68,3 @@ class TabletopConfig(EnvConfig):
             else:
                 made[index] = SyncVectorEnv(makers, autoreset_mode=mode)
         return {"tabletop": made}
-
-
-class NamedCamera(gymnasium.ObservationWrapper):
-    """`pixels` as {"top": frame}, from which LeRobot makes observation.images.top."""
-
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        spaces = dict(env.observation_space.spaces)  # type: ignore[attr-defined]
-        self.observation_space = gymnasium.spaces.Dict(
-            spaces | {"pixels": gymnasium.spaces.Dict({"top": spaces["pixels"]})}
-        )
-
-    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
-        return observation | {"pixels": {"top": observation["pixels"]}}
-
-
-def make_env(family: str, options: dict[str, Any]) -> gymnasium.Env:
-    """One environment of a family, as LeRobot wants it."""
-    return NamedCamera(gymnasium.make(FAMILIES[family], disable_env_checker=True, **options))
