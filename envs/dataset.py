@@ -10,13 +10,14 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from envs.arena import CONTROL_HZ
-from envs.shards import CRF, KEYFRAME_INTERVAL, PIXEL_FORMAT, PRESET, ShardOptions
+from envs.shards import CRF, KEYFRAME_INTERVAL, PIXEL_FORMAT, PRESET
 
 CAMERA = "observation.images.top"
 FILES_PER_CHUNK = 1000
@@ -36,8 +37,8 @@ class Shard:
     pixels: np.ndarray  # (E, P, 3) uint8, a sample
 
 
-def read_shard(folder: Path, options: ShardOptions) -> Shard:
-    """Read a shard; ValueError where it was made with other options."""
+def read_shard(folder: Path, options: Any) -> Shard:
+    """Read a shard; ValueError where it was made with other options than this dataclass, such as ShardOptions."""
     summary = json.loads((folder / "shard.json").read_text(encoding="utf-8"))
     if summary["options"] != json.loads(json.dumps(asdict(options))):
         raise ValueError(
@@ -78,10 +79,18 @@ def pixel_statistics(pixels: np.ndarray) -> dict[str, np.ndarray]:
     return {name: value if name == "count" else value.reshape(3, 1, 1) for name, value in of_rows.items()}
 
 
-def write_dataset(folder: Path, shards: list[Shard], image_size: int, robot_type: str, with_actions: bool) -> None:
+def write_dataset(
+    folder: Path,
+    shards: list[Shard],
+    image_size: int,
+    robot_type: str,
+    with_actions: bool,
+    with_instructions: bool = True,
+) -> None:
     """Write one LeRobotDataset v3 at `folder`, which appears only when it is complete.
 
     with_actions False leaves out action and observation.state: a data set of video and instructions.
+    with_instructions False leaves every instruction empty.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from lerobot.configs.video import RGBEncoderConfig
@@ -106,7 +115,7 @@ def write_dataset(folder: Path, shards: list[Shard], image_size: int, robot_type
 
     lengths = np.concatenate([shard.lengths for shard in shards])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    instructions = [episode["instruction"] for shard in shards for episode in shard.episodes]
+    instructions = [episode["instruction"] if with_instructions else "" for s in shards for episode in s.episodes]
     task_of = {text: index for index, text in enumerate(dict.fromkeys(instructions))}
     meta.tasks = DataFrame({"task_index": list(task_of.values())}, index=Index(list(task_of), name="task"))
     write_tasks(meta.tasks, meta.root)

@@ -4,7 +4,7 @@ output_dir/
     demos/          frames, states, actions, instructions
     video/          the same episodes as video and instructions alone (cfg.video)
     mp4/            the same as one file an episode, with clips.csv (cfg.mp4)
-    episodes.jsonl  family, seed and failed attempts of every episode
+    episodes.jsonl  family, seed, instruction and failed attempts of every episode
     demos.json      the options and the results; written last
 """
 
@@ -30,6 +30,7 @@ def run(cfg) -> dict:
 
     Episode i is of family i modulo their number and starts from seed cfg.seed + i, so the families are balanced and
     the same options give the same episodes for any number of workers. Goes on where a killed run stopped.
+    Play (cfg.play) comes without instructions; episodes.jsonl alone knows what its goals were.
 
     Returns num_episodes, num_frames, mean_episode_frames, num_failed_attempts (by the experts, repeated with
     another seed) and num_skipped (episodes whose every attempt failed).
@@ -52,6 +53,7 @@ def run(cfg) -> dict:
         variant=cfg.variant,
         action_noise_m=cfg.action_noise_m,
         mp4=cfg.mp4,
+        play=cfg.play,
     )
     output_dir = Path(cfg.output_dir).expanduser()
     # As JSON gives them back.
@@ -59,7 +61,8 @@ def run(cfg) -> dict:
     record_path = output_dir / "demos.json"
     if record_path.is_file():
         record = json.loads(record_path.read_text(encoding="utf-8"))
-        if record["options"] != written_options:
+        # A folder written before there was play holds none.
+        if {"play": False} | record["options"] != written_options:
             raise ValueError(
                 f"{output_dir} holds demonstrations with options {record['options']}, asked for are "
                 f"{written_options}: choose another output_dir, or delete the folder"
@@ -72,9 +75,10 @@ def run(cfg) -> dict:
     wanted = {"demos": True, "video": False} if cfg.video else {"demos": True}
     for name, with_actions in wanted.items():
         if not (output_dir / name).is_dir():
-            write_dataset(output_dir / name, shards, cfg.image_size, f"tabletop_{cfg.variant}", with_actions)
+            robot_type = f"tabletop_{cfg.variant}"
+            write_dataset(output_dir / name, shards, cfg.image_size, robot_type, with_actions, not cfg.play)
     if cfg.mp4:
-        write_clips(output_dir / "mp4", shards, cfg.variant)
+        write_clips(output_dir / "mp4", shards, cfg.variant, not cfg.play)
     write_episodes(output_dir / "episodes.jsonl", shards)
     num_frames = int(sum(shard.lengths.sum() for shard in shards))
     num_episodes = sum(len(shard.episodes) for shard in shards)
@@ -122,7 +126,7 @@ def roll_out(folder: Path, options: ShardOptions, num_workers: int) -> list[Shar
     return [read_shard(path, options) for path in folders]
 
 
-def write_clips(folder: Path, shards: list[Shard], variant: str) -> None:
+def write_clips(folder: Path, shards: list[Shard], variant: str, with_instructions: bool = True) -> None:
     """Plain mp4 files and clips.csv (path, caption, lab, family), as `lapa ingest` reads them."""
     folder.mkdir(exist_ok=True)
     partial = folder / "clips.csv.partial"
@@ -133,7 +137,8 @@ def write_clips(folder: Path, shards: list[Shard], variant: str) -> None:
             for episode in shard.episodes:
                 name = f"episode_{episode['index']:06d}.mp4"
                 shutil.copyfile(shard.folder / name, folder / name)
-                writer.writerow([name, episode["instruction"], f"tabletop_{variant}", episode["family"]])
+                caption = episode["instruction"] if with_instructions else ""
+                writer.writerow([name, caption, f"tabletop_{variant}", episode["family"]])
     partial.replace(folder / "clips.csv")
 
 

@@ -1,4 +1,4 @@
-"""The observation that LeRobot expects of a simulator: pixels by camera. Loads no LeRobot: every worker loads this."""
+"""The observation that LeRobot expects of a simulator: pixels by camera. Every worker loads this, so no LeRobot."""
 
 from typing import Any
 

@@ -17,13 +17,15 @@ import numpy as np
 
 from envs import FAMILIES
 from envs.arena import CONTROL_HZ, MAX_STEP
+from envs.play import LENGTH_RATIO, Dawdler
 from envs.tabletop import TabletopEnv
+from envs.tasks import make_task
 
 EPISODES_PER_SHARD = 25
 ATTEMPTS = 10
 # Far from the evaluation's seeds too, for up to a million episodes.
 ATTEMPT_STRIDE = 100_000_000
-NOISE_STREAM = 1
+NOISE_STREAM, PLAY_STREAM = 1, 2
 
 # Full chroma: at 64 pixels yuv420p smears the blocks' colours (30 dB against 45 dB, measured).
 PIXEL_FORMAT = "yuv444p"
@@ -45,6 +47,7 @@ class ShardOptions:
     variant: str
     action_noise_m: float
     mp4: bool
+    play: bool = False
 
     @property
     def num_shards(self) -> int:
@@ -64,19 +67,23 @@ class Episode:
     num_failures: int
 
 
-def record_episode(env: TabletopEnv, seed: int, action_noise_m: float) -> Episode | None:
+def record_episode(env: TabletopEnv, seed: int, action_noise_m: float, play: bool = False) -> Episode | None:
     """Let the expert act under Gaussian noise (standard deviation in metres); None where it never succeeds.
 
-    A failed attempt is repeated from seed + k * ATTEMPT_STRIDE.
+    play: it dawdles on its way (`envs.play`). A failed attempt is repeated from seed + k * ATTEMPT_STRIDE.
     """
     for attempt in range(ATTEMPTS):
         attempt_seed = seed + attempt * ATTEMPT_STRIDE
         rng = np.random.default_rng([NOISE_STREAM, attempt_seed])
+        dawdler = Dawdler(np.random.default_rng([PLAY_STREAM, attempt_seed]), MAX_STEP) if play else None
         observation, info = env.reset(seed=attempt_seed)
         frames, states, actions = [], [], []
         success = done = False
         while not done:
-            noisy = env.expert_action() + rng.normal(0.0, action_noise_m, 2)
+            action = env.expert_action()
+            if dawdler is not None:
+                action = dawdler(env.scene.tip_xy, action)
+            noisy = action + rng.normal(0.0, action_noise_m, 2)
             frames.append(observation["pixels"])
             states.append(observation["agent_pos"])
             observation, _, success, truncated, step_info = env.step(np.clip(noisy, -MAX_STEP, MAX_STEP))
@@ -126,6 +133,7 @@ def make_env(options: ShardOptions, family: str) -> TabletopEnv:
         num_blocks=options.num_blocks,
         split=options.split,
         variant=options.variant,
+        episode_length=LENGTH_RATIO * make_task(family).episode_length if options.play else None,
     ).unwrapped
     assert isinstance(env, TabletopEnv)
     return env
@@ -143,12 +151,21 @@ def write_shard(folder: Path, options: ShardOptions, number: int) -> int:
         family = options.families[index % len(options.families)]
         if (options, family) not in _envs:
             _envs[options, family] = make_env(options, family)
-        episode = record_episode(_envs[options, family], options.seed + index, options.action_noise_m)
+        episode = record_episode(_envs[options, family], options.seed + index, options.action_noise_m, options.play)
         if episode is None:
             skipped.append({"family": family, "seed": options.seed + index, "attempts": ATTEMPTS})
         else:
             episodes.append((index, episode))
+    save_shard(folder, options, episodes, skipped)
+    return len(episodes)
 
+
+def save_shard(folder: Path, options, episodes: list[tuple[int, Episode]], skipped: list[dict]) -> None:
+    """Write episodes with their indices as the shard `folder`, which appears when it is complete.
+
+    options: the dataclass they were made with, which `envs.dataset.read_shard` will ask for; options.mp4 adds a file
+    an episode.
+    """
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -178,7 +195,6 @@ def write_shard(folder: Path, options: ShardOptions, number: int) -> int:
     summary = {"options": asdict(options), "episodes": rows, "skipped": skipped}
     (partial / "shard.json").write_text(json.dumps(summary), encoding="utf-8")
     partial.replace(folder)
-    return len(episodes)
 
 
 def pixel_sample(frames: np.ndarray) -> np.ndarray:
