@@ -1,7 +1,7 @@
 """How fast and how large an ingest is, measured beside the plain decoding of the same files.
 
     python -m video_data.benchmark rate path/to/videos      decode and ingest in turns
-    python -m video_data.benchmark memory path/to/videos    peak memory, once and with the videos ten times over
+    python -m video_data.benchmark memory path/to/videos    peak memory with export, once and ten times over
 
 Both start the same number of worker processes and count their start-up. "decode" only decodes; "decode to RGB" also
 makes an array of every frame, as any reader of a video must. "ingest" is all of `lapa ingest` behind the imports:
@@ -9,6 +9,7 @@ listing, one pass with scores, hashes and filters, the frame store, the data set
 """
 
 import argparse
+import json
 import resource
 import shutil
 import subprocess
@@ -128,8 +129,8 @@ def measure_rate(folder: Path, num_rounds: int, num_workers: int) -> None:
                 shutil.rmtree(output)
     num_frames = runs["decode"][0].num_frames
     print(f"{len(videos)} videos, {num_frames} frames, {num_workers} workers, median of {num_rounds} rounds\n")
-    print("| what | s | frames/s | CPU s | rate of decode | of decode to RGB | the same by CPU time |")
-    print("|---|---|---|---|---|---|---|")
+    print("| what | s | frames/s | CPU s | rate of decode | of decode to RGB | the same by CPU time | peak MB |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, own in runs.items():
         wall_s, used_s = median(run.wall_s for run in own), median(run.cpu_s for run in own)
         shares = [
@@ -138,23 +139,29 @@ def measure_rate(folder: Path, num_rounds: int, num_workers: int) -> None:
             for baseline in ("decode", "decode to RGB")
         ]
         by_wall = f"{shares[0]:.0%} | {shares[1]:.0%}"
+        peak = f"{max(run.peak_mb for run in own):.0f}" if own[0].peak_mb else ""
         print(
             f"| {name} | {wall_s:.1f} | {num_frames / wall_s:.0f} | {used_s:.1f} | {by_wall} | "
-            f"{shares[2]:.0%}, {shares[3]:.0%} |"
+            f"{shares[2]:.0%}, {shares[3]:.0%} | {peak} |"
         )
 
 
-def measure_memory(folder: Path, num_workers: int) -> None:
-    print("| clips | peak memory of all processes, MB |\n|---|---|")
+def measure_memory(folder: Path, num_copies: int, num_workers: int) -> None:
+    """Of an ingest with export, of the videos in `folder` `num_copies` times over and ten times that."""
+    print("| clips | frames | peak memory of all processes, MB | more a clip, KB |\n|---|---|---|---|")
+    before: tuple[int, float] | None = None
     with tempfile.TemporaryDirectory(prefix="ingest-benchmark-") as scratch:
-        for num_copies in (1, NUM_COPIES):
-            copies = Path(scratch) / f"{num_copies}"
-            for copy in range(num_copies):
+        for number in (num_copies, NUM_COPIES * num_copies):
+            copies = Path(scratch) / f"{number}"
+            for copy in range(number):
                 _link_videos(folder, copies / f"{copy}")
             output = Path(scratch) / "store"
-            peak_mb = run_ingest(copies, output, "none", "off", num_workers).peak_mb
-            num_videos = sum(1 for file in copies.rglob("*") if file.is_symlink())
-            print(f"| {num_videos} | {peak_mb:.0f} |", flush=True)
+            peak_mb = run_ingest(copies, output, "lerobot", "off", num_workers).peak_mb
+            store = json.loads((output / "store.json").read_text(encoding="utf-8"))
+            num_clips = len(store["clips"])
+            growth = f"{1024 * (peak_mb - before[1]) / (num_clips - before[0]):.1f}" if before else ""
+            print(f"| {num_clips} | {store['num_frames']} | {peak_mb:.0f} | {growth} |", flush=True)
+            before = num_clips, peak_mb
             shutil.rmtree(output)
 
 
@@ -171,12 +178,13 @@ def main() -> None:
     parser.add_argument("what", choices=("rate", "memory"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=1, help="of a small folder, for `memory`")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.what == "rate":
         measure_rate(arguments.folder, arguments.rounds, arguments.workers)
     else:
-        measure_memory(arguments.folder, arguments.workers)
+        measure_memory(arguments.folder, arguments.copies, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a run holds one for each clip
 class ClipRequest:
     """One clip to decode: a whole media or a span of it. Any number of requests may share one media.
 

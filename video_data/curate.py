@@ -16,6 +16,7 @@ from video_data import duplicates
 from video_data.clips import ClipRequest
 from video_data.decode import ClipRecord, PassOptions, Probe, Sample, decode, frame_rate
 from video_data.filters import AFTER_DECODING, BEFORE_DECODING, darkness, first_reason, shots, stillness, text
+from video_data.parts import release_part
 from video_data.pictures import strip_jpeg
 from video_data.sources.media import open_media
 
@@ -41,7 +42,7 @@ MEASURED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Video:
     """One media file with the clips that are wanted of it, as a job of its own."""
 
@@ -79,7 +80,7 @@ def curate(video: Video, root: str, parts: str, options: PassOptions, filters) -
             row |= {"codec": probe.codec or None, "width": probe.width or None, "height": probe.height or None}
             rows[index] = _finish(row, record, probe, options, filters)
             if all(row["status"] == "rejected" for row in rows[index]):
-                record.part.unlink()
+                release_part(record.part)
     return [row for index in sorted(rows) for row in rows[index]]
 
 

@@ -5,6 +5,8 @@ the first wanted frame to the last.
 """
 
 import itertools
+import math
+import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +18,13 @@ import numpy as np
 
 from video_data import motion, pictures
 from video_data.clips import ClipRequest
+from video_data.parts import create_part
 
 # Containers count frames that an edit list cuts away, so a clip is called cut off only when clearly short.
 MIN_DECODED_SHARE = 0.9
 # Closer to the beginning than this, decoding is cheaper than finding a key frame.
 MIN_SEEK_S = 10.0
-WRITE_BUFFER_BYTES = 1 << 20
+FRAMES_AHEAD = 8  # decoded pictures in memory at once, at full size
 
 
 class Sample(NamedTuple):
@@ -70,17 +73,20 @@ class ClipRecord:
     _postponed: bool = False
 
     def __post_init__(self) -> None:
-        self._file = self.part.open("wb", buffering=WRITE_BUFFER_BYTES)
+        self._file = create_part(self.part)
 
     def is_past(self, time_s: float, half_frame_s: float) -> bool:
         return self.request.end_s is not None and time_s >= self.request.end_s - half_frame_s
 
-    def add(self, pixels: np.ndarray, time_s: float) -> None:
+    def add(self, pixels: np.ndarray, times_s: Sequence[float]) -> None:
+        """Frames (K, S, S, 3) uint8 and their times."""
+        left = memoryview(pixels).cast("B")
         try:
-            self._file.write(pixels.data)
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise PartNotWritten(error.errno, error.strerror, str(self.part)) from error
-        self.times_s.append(time_s)
+        self.times_s.extend(times_s)
 
     def wants_sample(self, tick: int) -> bool:
         return tick != self._last_tick
@@ -105,7 +111,10 @@ class ClipRecord:
             self.pictures, self._picture_stride = self.pictures[::2], self._picture_stride * 2
 
     def close(self) -> None:
-        self._file.close()
+        with self._file:
+            # The file may have held a longer clip before.
+            if os.fstat(self._file.fileno()).st_size > self._file.tell():
+                self._file.truncate()
 
 
 @dataclass(frozen=True)
@@ -176,50 +185,96 @@ def _feed(
     frames: Iterator[tuple[av.VideoFrame, float]], probe: Probe, clips: list[ClipRecord], options: PassOptions
 ) -> int | None:
     """Give every frame to the clips that hold it; how many frames there were, None where not all were needed."""
-    scale = pictures.SquareScaler(options.image_size)
+    batch = _Batch(options.image_size)
     measure_motion = _motion_meter(probe.codec, options.motion)
     waiting = sorted(clips, key=lambda clip: clip.request.start_s or 0.0)
     active: list[ClipRecord] = []
-    before, before_s, first_s, num_frames = None, 0.0, 0.0, 0
+    before_s, first_s, num_frames = 0.0, 0.0, 0
     half_frame_s = 0.5 / probe.fps if probe.fps else 0.0
-    for frame, time_s in frames:
-        if not num_frames:
-            turned = round(frame.rotation / 90) % 2
-            probe.width, probe.height = (frame.height, frame.width) if turned else (frame.width, frame.height)
-            first_s = before_s = time_s
-        num_frames += 1
-        while waiting and (waiting[0].request.start_s is None or time_s >= waiting[0].request.start_s - half_frame_s):
-            active.append(waiting.pop(0))
-        for clip in active:
-            clip.complete = clip.is_past(time_s, half_frame_s)
-        if any(clip.complete for clip in active):
-            active = [clip for clip in active if not clip.complete]
-            if not active and not waiting:
-                return None
-        if not active:
-            before, before_s = None, time_s
-            continue
-        pixels = scale(frame)
-        for clip in active:
-            clip.add(pixels, time_s)
-        # Samples lie on a grid of the video's own time, so that a clip's scores do not depend on its neighbours.
-        tick = int(time_s * options.samples_per_s)
-        if due := [clip for clip in active if clip.wants_sample(tick)]:
-            moved = measure_motion(frame, before, pixels, time_s - before_s)
-            if moved is None:
-                due = [clip for clip in due if not clip.postpone_sample()]
-            if due:
-                sharp, bright = pictures.sharpness(pictures.luma(frame)), pictures.brightness(pixels)
-            for clip in due:
-                clip.add_sample(tick, pixels, moved, sharp, bright)
-                if options.num_pictures:
-                    clip.add_picture(frame, options.num_pictures)
-        before, before_s = pixels, time_s
+    change_s = -math.inf  # when the next clip begins or ends
+    try:
+        for frame, time_s in frames:
+            if not num_frames:
+                turned = round(frame.rotation / 90) % 2
+                probe.width, probe.height = (frame.height, frame.width) if turned else (frame.width, frame.height)
+                first_s = before_s = time_s
+            num_frames += 1
+            if time_s >= change_s:
+                batch.hand_to(active)
+                while waiting and _start_s(waiting[0], half_frame_s) <= time_s:
+                    active.append(waiting.pop(0))
+                for clip in active:
+                    clip.complete = clip.is_past(time_s, half_frame_s)
+                active = [clip for clip in active if not clip.complete]
+                if not active and not waiting:
+                    return None
+                change_s = min(
+                    *(_start_s(clip, half_frame_s) for clip in waiting[:1]),
+                    *(clip.request.end_s - half_frame_s for clip in active if clip.request.end_s is not None),
+                    math.inf,
+                    math.inf,
+                )
+            if not active:
+                batch.last, before_s = None, time_s
+                continue
+            batch.add(frame, time_s)
+            # Samples lie on a grid of the video's own time, so that a clip's scores do not depend on its neighbours.
+            tick = int(time_s * options.samples_per_s)
+            if due := [clip for clip in active if clip.wants_sample(tick)]:
+                before, pixels = batch.hand_to(active)
+                assert pixels is not None  # the frame that was just added
+                moved = measure_motion(frame, before, pixels, time_s - before_s)
+                if moved is None:
+                    due = [clip for clip in due if not clip.postpone_sample()]
+                if due:
+                    sharp, bright = pictures.sharpness(pictures.luma(frame)), pictures.brightness(pixels)
+                for clip in due:
+                    clip.add_sample(tick, pixels, moved, sharp, bright)
+                    if options.num_pictures:
+                        clip.add_picture(frame, options.num_pictures)
+            elif batch.is_full:
+                batch.hand_to(active)
+            before_s = time_s
+    finally:
+        batch.hand_to(active)
     probe.fps = frame_rate(first_s, before_s, num_frames, probe.fps)
     for clip in itertools.chain(active, waiting):
         if clip.request.end_s is not None:
             _check_span_end(clip, probe)
     return num_frames
+
+
+def _start_s(clip: ClipRecord, half_frame_s: float) -> float:
+    return -math.inf if clip.request.start_s is None else clip.request.start_s - half_frame_s
+
+
+class _Batch:
+    """Frames that the same clips hold, on their way to them."""
+
+    def __init__(self, image_size: int):
+        self._scaler = pictures.SquareScaler(image_size)
+        self._times_s: list[float] = []
+        self.last: np.ndarray | None = None  # the last frame handed on
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._times_s) == pictures.BATCH
+
+    def add(self, frame: av.VideoFrame, time_s: float) -> None:
+        self._scaler.add(frame)
+        self._times_s.append(time_s)
+
+    def hand_to(self, clips: list[ClipRecord]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Scale and write; the last frame, and the one before it where the pass was at it."""
+        if not self._times_s:
+            return None, None
+        pixels, times_s = self._scaler.take(), self._times_s
+        self._times_s = []
+        for clip in clips:
+            clip.add(pixels, times_s)
+        before = pixels[-2] if len(pixels) > 1 else self.last
+        self.last = pixels[-1].copy()
+        return before, self.last
 
 
 def _motion_meter(codec: str, choice: str) -> Callable:
@@ -252,10 +307,29 @@ def _check_span_end(clip: ClipRecord, probe: Probe) -> None:
 def _container_frames(container, stream, probe: Probe) -> Iterator[tuple[av.VideoFrame, float]]:
     """Frames with their times in seconds from the stream's start, counted where they have none."""
     start_s = float((stream.start_time or 0) * stream.time_base)
-    for number, frame in enumerate(container.decode(stream)):
+    for number, frame in enumerate(_ahead(container.decode(stream))):
         if frame.is_corrupt:
             raise DamagedFrame(f"frame {number} is damaged")
         yield frame, number / (probe.fps or 1.0) if frame.time is None else frame.time - start_s
+
+
+def _ahead(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """`frames`, decoded a few at a time: turning to each at once costs twice, for decoder and Python share the caches.
+
+    Those before an error come first, then the error.
+    """
+    while True:
+        few: list[av.VideoFrame] = []
+        try:
+            few.extend(itertools.islice(frames, FRAMES_AHEAD))
+        except Exception:
+            yield from few
+            raise
+        if not few:
+            return
+        few.reverse()
+        while few:
+            yield few.pop()
 
 
 def _image_frames(images: list, fps: float | None, probe: Probe) -> Iterator[tuple[av.VideoFrame, float]]:

@@ -35,13 +35,12 @@ def shown_positions(num_frames: int) -> np.ndarray:
 
 def perceptual_hash(frames: np.ndarray) -> bytes:
     """64 bytes for eight frames (8, S, S, 3) uint8."""
-    bits = []
-    for frame in frames:
+    low = np.empty((NUM_FRAMES, 64), np.float32)
+    for coefficients, frame in zip(low, frames, strict=True):
         grey = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
-        low = cv2.dct(grey.astype(np.float32))[:8, :8].ravel()
-        # The first coefficient is the brightness, which is no part of a picture's structure.
-        bits.append(low > np.median(low[1:]))
-    return np.packbits(np.stack(bits)).tobytes()
+        coefficients[:] = cv2.dct(grey.astype(np.float32))[:8, :8].ravel()
+    # The first coefficient is the brightness, which is no part of a picture's structure.
+    return np.packbits(low > np.median(low[:, 1:], axis=1, keepdims=True)).tobytes()
 
 
 def same_pictures(first: np.ndarray, second: np.ndarray) -> bool:

@@ -8,6 +8,7 @@ Work is cut into shards of clips that appear under their names when they are com
 on with those that are missing.
 """
 
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -59,35 +60,67 @@ def export_lerobot(root: Path, output: Path, keyframe_interval: int, runner: str
         if found != written:
             raise ValueError(f"the options of {folder} are {found}, expected {written}: delete it to export again")
         return folder
-    rows = [row for row in read_manifest(output) if row["status"] == "kept"]
-    target = _target(rows, keyframe_interval)
+    target = _target(output, keyframe_interval)
     shards = output / ".lerobot-shards"
     _begin(shards, target)
-    groups = [rows[first : first + CLIPS_A_SHARD] for first in range(0, len(rows), CLIPS_A_SHARD)]
+    groups = _groups(output)
     missing = [number for number in range(len(groups)) if not (shards / str(number)).is_dir()]
-    calls = [(str(shards / str(number)), str(root), groups[number], target) for number in missing]
-    with tqdm(total=len(rows), desc="export", unit="clip", mininterval=1.0) as progress:
-        progress.update(len(rows) - sum(len(groups[number]) for number in missing))
+    calls = [(str(shards / str(number)), str(root), str(output), *groups[number], target) for number in missing]
+    with tqdm(total=sum(count for _, count in groups), desc="export", unit="clip", mininterval=1.0) as progress:
+        progress.update(progress.total - sum(groups[number][1] for number in missing))
         for number, done in zip(missing, run_in_order(runner, write_shard, calls, num_workers), strict=True):
             if done is None:
-                raise ValueError(f"the encoder crashed on one of {[row['id'] for row in groups[number]]}")
-            progress.update(len(groups[number]))
-    episodes = [
-        Episode(shards / str(number) / clip["file"], clip["start"], clip["length"], row["caption"])
-        for number, group in enumerate(groups)
-        for row, clip in zip(group, json.loads((shards / str(number) / "clips.json").read_text()), strict=True)
-    ]
+                clips = [row["id"] for row in _kept(output, *groups[number])]
+                raise ValueError(f"the encoder crashed on one of {clips}")
+            progress.update(done)
     write_text(record, json.dumps(written))
-    write_dataset(folder, episodes, _pixel_samples(output), target.fps)
+    write_dataset(folder, lambda: _episodes(output, shards), _pixel_samples(output), target.fps)
     shutil.rmtree(shards)
     return folder
 
 
-def _target(rows: list[dict], keyframe_interval: int) -> Target:
+def _kept(output: Path, offset: int = 0, count: int | None = None) -> Iterator[dict]:
+    """The rows of `count` clips in the frame store (None: all), from byte `offset` of the manifest on."""
+    return itertools.islice((row for row in read_manifest(output, offset) if row["status"] == "kept"), count)
+
+
+def _groups(output: Path) -> list[tuple[int, int]]:
+    """Of every shard: the byte of the manifest at which its clips begin, and their number."""
+    groups: list[tuple[int, int]] = []
+    offset = 0
+    with (output / "manifest.jsonl").open("rb") as file:
+        for line in file:
+            if json.loads(line)["status"] == "kept":
+                if not groups or groups[-1][1] == CLIPS_A_SHARD:
+                    groups.append((offset, 0))
+                groups[-1] = (groups[-1][0], groups[-1][1] + 1)
+            offset += len(line)
+    return groups
+
+
+def _episodes(output: Path, shards: Path) -> Iterator[Episode]:
+    rows = _kept(output)
+    for number in itertools.count():
+        group = list(itertools.islice(rows, CLIPS_A_SHARD))
+        if not group:
+            return
+        folder = shards / str(number)
+        clips = json.loads((folder / "clips.json").read_text(encoding="utf-8"))
+        for row, clip in zip(group, clips, strict=True):
+            yield Episode(folder / clip["file"], clip["start"], clip["length"], row["caption"])
+
+
+def _target(output: Path, keyframe_interval: int) -> Target:
     """The most common size, rate and codec; sizes are even, as 4:2:0 video needs."""
-    (width, height), _ = Counter((row["width"], row["height"]) for row in rows).most_common(1)[0]
-    fps, _ = Counter(max(1, round(row["fps"])) for row in rows).most_common(1)[0]
-    codec, _ = Counter(row["codec"] for row in rows).most_common(1)[0]
+    sizes: Counter[tuple[int, int]] = Counter()
+    rates: Counter[int] = Counter()
+    codecs: Counter[str] = Counter()
+    for row in _kept(output):
+        sizes[row["width"], row["height"]] += 1
+        rates[max(1, round(row["fps"]))] += 1
+        codecs[row["codec"]] += 1
+    width, height = sizes.most_common(1)[0][0]
+    fps, codec = rates.most_common(1)[0][0], codecs.most_common(1)[0][0]
     return Target(width & ~1, height & ~1, fps, codec, keyframe_interval)
 
 
@@ -101,13 +134,16 @@ def _begin(shards: Path, target: Target) -> None:
     write_text(record, json.dumps(asdict(target)))
 
 
-def write_shard(folder: str, root: str, rows: list[dict], target: Target) -> int:
-    """Write the videos of `rows` and clips.json (file, first frame and length of each) to `folder`."""
+def write_shard(folder: str, root: str, output: str, offset: int, count: int, target: Target) -> int:
+    """Write the videos of `count` clips and clips.json (file, first frame and length of each) to `folder`.
+
+    output: the frame store; offset: byte of its manifest at which the rows of the clips begin.
+    """
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with ShardWriter(partial, target) as writer:
-        clips = [writer.add(row, Path(root)) for row in rows]
+        clips = [writer.add(row, Path(root)) for row in _kept(Path(output), offset, count)]
     (partial / "clips.json").write_text(json.dumps(clips), encoding="utf-8")
     partial.replace(folder)
     return len(clips)
@@ -303,10 +339,13 @@ def _pixel_samples(output: Path) -> Iterator[np.ndarray]:
     """(P, 3) uint8 of every episode in turn: four frames of the frame store, for the data set's statistics."""
     store = json.loads((output / "store.json").read_text(encoding="utf-8"))
     size = store["image_size"]
-    frames = np.memmap(output / "frames.u8", np.uint8, "r", shape=(store["num_frames"], size, size, 3))
+    pixels = np.empty((4, size, size, 3), np.uint8)
     first = 0
-    for row in read_manifest(output):
-        if row["status"] == "kept":
-            times = first + np.linspace(0, row["num_frames"] - 1, 4).round().astype(int)
-            yield frames[times, ::2, ::2].reshape(-1, 3)
+    # Read, not mapped: what was looked at in a mapping counts as this process's memory.
+    with (output / "frames.u8").open("rb", buffering=0) as frames:
+        for row in _kept(output):
+            for frame, time in zip(pixels, np.linspace(0, row["num_frames"] - 1, 4).round().astype(int), strict=True):
+                frames.seek((first + int(time)) * size * size * 3)
+                frames.readinto(frame.data)
+            yield pixels[:, ::2, ::2].reshape(-1, 3)
             first += row["num_frames"]

@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -59,17 +60,21 @@ def run(cfg) -> dict:
     with FileLock(output / ".lock"):
         if not (output / "store.json").is_file():
             _ingest(root, output, videos, rejected, options, (decoded, fingerprint), writer, cfg)
+        # What follows reads the manifest, so no more than that is held of each clip.
+        del videos, rejected
         store = json.loads((output / "store.json").read_text(encoding="utf-8"))
+        num_frames, fps = store["num_frames"], store["fps"]
         if store.get("fingerprint") != fingerprint:
             raise ValueError(
                 f"{output} holds other clips or options than {root} now: delete it, or choose another output_dir"
             )
+        del store
         for name in ("clips.jsonl", "captions.jsonl"):
             (output / name).unlink(missing_ok=True)
         if cfg.export == "lerobot":
             export_lerobot(root, output, cfg.export_keyframe_interval, cfg.runner, cfg.num_workers)
         write_report(output)
-    return _headline(output, store)
+    return _headline(output, num_frames, fps)
 
 
 def _check(cfg) -> None:
@@ -147,7 +152,9 @@ def _ingest(
         StoreWriter(output, fingerprints[0], cfg.image_size, cfg.duplicates) as store,
     ):
         waiting = videos[store.num_videos :]
-        calls = [(video, str(root), parts, options, cfg.filters) for video in waiting]
+        # Plain, because the configuration's own class would make every worker load what it is made with.
+        filters = SimpleNamespace(**vars(cfg.filters))
+        calls = [(video, str(root), parts, options, filters) for video in waiting]
         done = num_clips - sum(len(video.requests) for video in waiting)
         results = run_in_order(cfg.runner, curate, calls, cfg.num_workers)
         with (
@@ -164,17 +171,21 @@ def _ingest(
         store.finish(rejected, fingerprints[1], captions, actions)
 
 
-def _headline(output: Path, store: dict) -> dict:
-    num_rejected = num_duplicates = 0
-    for row in read_manifest(output):
-        num_rejected += row["status"] == "rejected"
-        num_duplicates += row["duplicate_of"] is not None
-    return {
-        "num_clips": len(store["clips"]),
-        "num_skipped": num_rejected,
-        "num_duplicates": num_duplicates,
-        "num_frames": store["num_frames"],
-        "num_without_caption": store["instructions"].count(""),
-        "fps": store["fps"],
-        "num_clips_of_other_fps": sum(fps != store["fps"] for fps in store["clip_fps"]),
+def _headline(output: Path, num_frames: int, fps: float) -> dict:
+    results = {
+        "num_clips": 0,
+        "num_skipped": 0,
+        "num_duplicates": 0,
+        "num_frames": num_frames,
+        "num_without_caption": 0,
+        "fps": fps,
+        "num_clips_of_other_fps": 0,
     }
+    for row in read_manifest(output):
+        is_kept = row["status"] == "kept"
+        results["num_clips"] += is_kept
+        results["num_skipped"] += not is_kept
+        results["num_duplicates"] += row["duplicate_of"] is not None
+        results["num_without_caption"] += is_kept and not row["caption"]
+        results["num_clips_of_other_fps"] += is_kept and row["fps"] != fps
+    return results

@@ -45,8 +45,8 @@ def vector_length(frame: av.VideoFrame) -> float | None:
     vectors = side_data.to_ndarray()
     if not len(vectors):
         return None
-    areas = vectors["w"].astype(np.float32) * vectors["h"]
+    areas = np.multiply(vectors["w"], vectors["h"], dtype=np.float32)
+    across, down = vectors["motion_x"].astype(np.float32), vectors["motion_y"].astype(np.float32)
     # In parts of a pixel: a scale of 4 is quarter pixels. Older codecs leave the scale at zero for whole pixels.
-    scales = np.maximum(vectors["motion_scale"], 1)
-    lengths = np.hypot(vectors["motion_x"] / scales, vectors["motion_y"] / scales)
-    return float((areas * lengths).sum() / areas.sum()) / frame.height
+    lengths = np.sqrt(across * across + down * down) / np.maximum(vectors["motion_scale"], 1)
+    return float(areas @ lengths / areas.sum()) / frame.height

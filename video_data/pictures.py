@@ -18,6 +18,7 @@ _FULL = {
 }
 BT709, FULL_RANGE = 1, 2  # FFmpeg's numbers
 STRIP_HEIGHT = 72  # pixels
+BATCH = 16  # frames scaled at a time: their planes fit the cache, and each step is taken often enough
 SHARPNESS_SIDE = 90  # pixels: pictures are averaged down to between this and twice this before sharpness is measured
 
 
@@ -34,37 +35,95 @@ CONVERSIONS = {(standard, full): _conversion(standard, full) for standard in _FU
 
 
 class SquareScaler:
-    """Makes (image_size, image_size, 3) uint8 of a frame; keeps the scaler's tables from one frame to the next."""
+    """Makes (K, image_size, image_size, 3) uint8 of up to `BATCH` frames: centre squares, area-averaged and upright.
+
+    Each step is taken for all frames of a batch at once: coming back to it frame by frame, with the decoder's code and
+    data in the caches between, takes twice as long as the pixels do.
+    """
 
     def __init__(self, image_size: int):
         self.image_size = image_size
         self._reformatter = VideoReformatter()
-        self._planes = np.empty((image_size, image_size, 3), np.uint8)
+        self._pixels = np.empty((BATCH, image_size, image_size, 3), np.uint8)
+        self._num_done = 0  # frames in `_pixels`
+        self._num_waiting = 0  # frames behind them, whose planes are in `_stacks`
+        self._form: tuple = ()
+        self._squares: list[tuple[int, int, int]] = []  # of each plane: top, left, side
+        self._stacks: list[np.ndarray] = []  # of each plane: (BATCH, side, side), shrunk by a whole factor
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """The centre square of `frame`, area-averaged and upright."""
-        if frame.format.name in ("yuv420p", "yuvj420p") and min(frame.width, frame.height) >= self.image_size:
-            pixels = self._from_planes(frame)
+    def __len__(self) -> int:
+        return self._num_done + self._num_waiting
+
+    def add(self, frame: av.VideoFrame) -> None:
+        """Take in one frame, which may be of another size than the one before. At most `BATCH` until `take`."""
+        assert len(self) < BATCH
+        form = (frame.width, frame.height, frame.format.name, frame.color_range, frame.colorspace, frame.rotation)
+        if form != self._form:
+            self._finish_waiting()
+            self._form = form
+            self._prepare(frame)
+        if self._stacks:
+            for plane, (top, left, side), stack in zip(frame.planes, self._squares, self._stacks, strict=True):
+                corner = top * plane.line_size + left
+                square: np.ndarray = np.ndarray((side, side), np.uint8, plane, corner, (plane.line_size, 1))
+                small = stack[self._num_waiting]
+                if len(small) < side:
+                    cv2.resize(square, small.shape, small, interpolation=cv2.INTER_AREA)
+                else:
+                    small[:] = square
+            self._num_waiting += 1
         else:
             pixels = self._from_any(frame)
-        # Phones store the sensor's picture and the rotation that shows it upright, counter-clockwise in degrees.
-        turns = round(frame.rotation / 90) % 4
-        return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+            self._pixels[self._num_done] = np.rot90(pixels, self._turns) if self._turns else pixels
+            self._num_done += 1
 
-    def _from_planes(self, frame: av.VideoFrame) -> np.ndarray:
+    def take(self) -> np.ndarray:
+        """The frames that were added since it was last called; they are overwritten by the next that are added."""
+        self._finish_waiting()
+        taken = self._pixels[: self._num_done]
+        self._num_done = 0
+        return taken
+
+    @property
+    def _turns(self) -> int:
+        # Phones store the sensor's picture and the rotation that shows it upright, counter-clockwise in degrees.
+        return round(self._form[-1] / 90) % 4
+
+    def _prepare(self, frame: av.VideoFrame) -> None:
+        """Where the square lies in each plane of such frames; no planes where they are not 8-bit 4:2:0."""
+        self._squares, self._stacks = [], []
         side = min(frame.width, frame.height)
+        if frame.format.name not in ("yuv420p", "yuvj420p") or side < self.image_size:
+            return
         top, left = (frame.height - side) // 2, (frame.width - side) // 2
-        planes = []
-        for plane, part in zip(frame.planes, (1, 2, 2), strict=True):
+        for part in (1, 2, 2):
             # An odd corner falls between two pixels of chroma: half of one is nothing that can be seen.
-            corner = top // part * plane.line_size + left // part
             square = (side + part - 1) // part
-            pixels: np.ndarray = np.ndarray((square, square), np.uint8, plane, corner, (plane.line_size, 1))
-            planes.append(shrink(pixels, self.image_size))
-        full_range = frame.format.name == "yuvj420p" or frame.color_range == FULL_RANGE
-        standard = "709" if frame.colorspace == BT709 else "601"
-        cv2.merge(planes, self._planes)
-        return cv2.transform(self._planes, CONVERSIONS[standard, full_range])
+            self._squares.append((top // part, left // part, square))
+            shrunk = square // whole_factor(square, self.image_size)
+            self._stacks.append(np.empty((BATCH, shrunk, shrunk), np.uint8))
+
+    def _finish_waiting(self) -> None:
+        """Bring the waiting planes to `image_size` and to RGB."""
+        count = self._num_waiting
+        if not count:
+            return
+        rows = (count * self.image_size, self.image_size)
+        planes = [stack[:count].reshape(-1, stack.shape[-1]) for stack in self._stacks]
+        if len({plane.shape for plane in planes}) == 1:
+            whole = cv2.merge([plane.reshape(1, -1) for plane in planes])
+            merged = _resize_stack(whole.reshape(*planes[0].shape, 3), rows)
+        else:
+            merged = cv2.merge([_resize_stack(plane, rows) for plane in planes])
+        _, _, name, color_range, colorspace, _ = self._form
+        full_range = name == "yuvj420p" or color_range == FULL_RANGE
+        pixels = self._pixels[self._num_done : self._num_done + count]
+        cv2.transform(
+            merged, CONVERSIONS["709" if colorspace == BT709 else "601", full_range], pixels.reshape(*rows, 3)
+        )
+        if self._turns:
+            pixels[:] = np.rot90(pixels, self._turns, axes=(1, 2)).copy()
+        self._num_done, self._num_waiting = self._num_done + count, 0
 
     def _from_any(self, frame: av.VideoFrame) -> np.ndarray:
         size = self.image_size
@@ -72,7 +131,7 @@ class SquareScaler:
         width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
         scaled = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", interpolation="AREA")
         top, left = (height - size) // 2, (width - size) // 2
-        return np.ascontiguousarray(scaled.to_ndarray()[top : top + size, left : left + size])
+        return scaled.to_ndarray()[top : top + size, left : left + size]
 
 
 def plane_pixels(plane) -> np.ndarray:
@@ -80,20 +139,22 @@ def plane_pixels(plane) -> np.ndarray:
     return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
 
 
-def shrink(square: np.ndarray, size: int) -> np.ndarray:
-    """A square plane at `size` pixels a side.
+def _resize_stack(pixels: np.ndarray, rows: tuple[int, int]) -> np.ndarray:
+    """Squares one below the other, of any number of channels, at `rows[1]` pixels a side; `rows[0]` pixels in all.
 
-    By a whole factor first, which is fast, then by interpolation between neighbours, which is as good as an
-    average while less than a factor of two is left.
+    They have been shrunk by a whole factor, which is fast; interpolation between neighbours is as good as an average
+    while less than a factor of two is left.
     """
-    side = len(square)
-    factor = whole_factor(side, size)
-    if factor > 1:
-        square = cv2.resize(square, (side // factor, side // factor), interpolation=cv2.INTER_AREA)
-        side = len(square)
+    height, size = rows
+    side = pixels.shape[1]
     if side == size:
-        return square
-    return cv2.resize(square, (size, size), interpolation=cv2.INTER_LINEAR if side < 2 * size else cv2.INTER_AREA)
+        return pixels
+    if side > size:
+        scaling = cv2.INTER_LINEAR if side < 2 * size else cv2.INTER_AREA
+        return cv2.resize(pixels, (size, height), interpolation=scaling)
+    # The chroma of small pictures. Enlarged in one, each square would take in the edge of the next.
+    squares = pixels.reshape(-1, side, *pixels.shape[1:])
+    return np.concatenate([cv2.resize(square, (size, size), interpolation=cv2.INTER_LINEAR) for square in squares])
 
 
 @lru_cache(maxsize=64)

@@ -13,26 +13,27 @@ frames. A run that was killed cuts away what lies behind the last whole line and
 
 import base64
 import errno
+import itertools
 import json
 import os
 import shutil
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from video_data import duplicates
+from video_data import duplicates, json_lines
 from video_data.clips import Rejected
+from video_data.frame_file import FrameFile
+from video_data.parts import release_part
 from video_data.pictures import strip_jpeg
 
 FORMAT_VERSION = 1
 STRIPS_A_FILTER = 12  # pictures of rejected clips that are kept for the report
-COPY_BYTES = 1 << 22
-ROWS_A_GROUP = 4096  # rows of the manifest in memory at once
 
 SCHEMA = pa.schema(
     [
@@ -60,11 +61,11 @@ class StoreWriter:
         self._hashes = None if duplicates_choice == "off" else duplicates.HashIndex()
         # Of the episodes in the store: what a later clip can be a duplicate of.
         self._ids: list[str] = []
-        self._offsets = [0]
+        self._offsets = array("q", [0])
         self._strips: Counter = Counter()
         self.num_videos = 0
         self._resume(fingerprint)
-        self._frames = (folder / "frames.u8").open("ab")
+        self._frames = FrameFile(folder / "frames.u8", self._offsets[-1] * self.frame_bytes)
         self._journal = (folder / "clips.jsonl").open("a", encoding="utf-8")
 
     def __enter__(self) -> "StoreWriter":
@@ -96,11 +97,10 @@ class StoreWriter:
         self._journal.flush()
         self.num_videos += 1
         for part in parts.glob(f"{self.num_videos - 1}-*.u8"):
-            part.unlink()
+            release_part(part)
 
     def _add_clip(self, row: dict, part: Path, first: int) -> None:
-        num_bytes = row["num_frames"] * self.frame_bytes
-        with part.open("rb") as file:
+        with part.open("rb", buffering=0) as file:
             if self._hashes is not None:
                 self._mark_duplicate(row, file, first)
                 if row["duplicate_of"] is not None and self._choice == "reject":
@@ -110,12 +110,8 @@ class StoreWriter:
                     row["strip"] = base64.b64encode(jpeg).decode()
                     return
             file.seek(first * self.frame_bytes)
-            while num_bytes:
-                chunk = file.read(min(COPY_BYTES, num_bytes))
-                if not chunk:
-                    raise OSError(errno.EIO, f"ends {num_bytes} bytes before its clip {row['id']} does", str(part))
-                self._frames.write(chunk)
-                num_bytes -= len(chunk)
+            if missing := self._frames.append(file, row["num_frames"] * self.frame_bytes):
+                raise OSError(errno.EIO, f"ends {missing} bytes before its clip {row['id']} does", str(part))
         self._count(row)
 
     def _keeps_strip(self, row: dict) -> bool:
@@ -192,7 +188,6 @@ class StoreWriter:
             journal.write_text(header, encoding="utf-8")
         else:
             os.truncate(journal, kept_lines_end)
-        os.truncate(frames, self._offsets[-1] * self.frame_bytes)
 
     def kept_rows(self) -> list[dict]:
         """The rows of the clips in the store, in the order of their frames, which are on disk then."""
@@ -212,7 +207,7 @@ class StoreWriter:
         they were written anew. arrays: action (N, A) and state (N, S) float32 of the frames, where recorded. Raises
         ValueError where no clip is kept.
         """
-        self._frames.flush()
+        self._frames.close()
         if not self._ids:
             first = next(iter(read_journal(self.folder)), None)
             raise ValueError(
@@ -227,11 +222,13 @@ class StoreWriter:
         (self.folder / ".index.tmp").replace(self.folder / "index.safetensors")
         kept = {"instructions": "caption", "sources": "source", "clips": "id", "clip_fps": "fps"}
         columns: dict[str, list] = {name: [] for name in kept}
+        known: dict = {}
         skipped = []
         for row in read_manifest(self.folder):
             if row["status"] == "kept":
                 for name, key in kept.items():
-                    columns[name].append(row[key])
+                    # One object for each value that returns, as sources, rates and many captions do.
+                    columns[name].append(row[key] if key == "id" else known.setdefault(row[key], row[key]))
             else:
                 skipped.append({"clip": row["id"], "reason": row["reason"]})
         store = {
@@ -244,7 +241,12 @@ class StoreWriter:
             "skipped": skipped,
             "fingerprint": fingerprint,
         }
-        write_text(self.folder / "store.json", json.dumps(store, indent=1) + "\n")
+        # Piece by piece: as one text it would take more memory than what it tells.
+        temporary = self.folder / ".store.json.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(store, file, indent=1)
+            file.write("\n")
+        temporary.replace(self.folder / "store.json")
 
 
 def _listed_row(rejected: Rejected) -> dict:
@@ -265,30 +267,20 @@ def write_manifest(folder: Path, further: list[dict], captions: list[dict] | Non
     captions: what replaces the captions of the kept clips, in order.
     """
     text, table = folder / ".manifest.jsonl.tmp", folder / ".manifest.parquet.tmp"
-    with text.open("w", encoding="utf-8") as lines, pq.ParquetWriter(table, SCHEMA) as writer:
-        batch: list[dict] = []
-
-        def flush() -> None:
-            lines.writelines(json.dumps(row) + "\n" for row in batch)
-            writer.write_table(pa.Table.from_pylist(batch, SCHEMA))
-            batch.clear()
-
-        for rows in (read_journal(folder), further):
-            for row in rows:
-                if captions is not None and row["status"] == "kept":
-                    row |= captions[row["store_episode"]]
-                batch.append({name: row.get(name) for name in SCHEMA.names})
-                if len(batch) == ROWS_A_GROUP:
-                    flush()
-        if batch:
-            flush()
+    with text.open("w", encoding="utf-8") as lines:
+        for row in itertools.chain(read_journal(folder), further):
+            if captions is not None and row["status"] == "kept":
+                row |= captions[row["store_episode"]]
+            lines.write(json.dumps({name: row.get(name) for name in SCHEMA.names}) + "\n")
+    json_lines.to_parquet(text, table, SCHEMA)
     text.replace(folder / "manifest.jsonl")
     table.replace(folder / "manifest.parquet")
 
 
-def read_manifest(folder: Path) -> Iterator[dict]:
-    """The rows of the manifest in `folder`, in order."""
-    with (folder / "manifest.jsonl").open(encoding="utf-8") as file:
+def read_manifest(folder: Path, offset: int = 0) -> Iterator[dict]:
+    """The rows of the manifest in `folder`, in order; from the line on that begins at byte `offset`."""
+    with (folder / "manifest.jsonl").open("rb") as file:
+        file.seek(offset)
         for line in file:
             yield json.loads(line)
 

@@ -1,6 +1,11 @@
 """Kept clips as a LeRobotDataset: it loads, and every frame is the right one, copied or encoded."""
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
@@ -151,3 +156,55 @@ def test_an_export_is_not_taken_for_one_with_other_options(tmp_path):
     ingest(tmp_path / "videos", tmp_path / "store", export_keyframe_interval=4)
     with pytest.raises(ValueError, match=r"'export_keyframe_interval': 4.*expected .*: 2.*delete it"):
         ingest(tmp_path / "videos", tmp_path / "store", export_keyframe_interval=2)
+
+
+def start_and_kill(cfg: IngestConfig, clips_a_shard: int, after_shards: int, pause_s: float) -> bool:
+    """Export in a process of its own and kill it; whether it was still at work."""
+    code = (
+        "from lapa.schema import *\nfrom video_data import export, ingest\n"
+        f"export.CLIPS_A_SHARD = {clips_a_shard}\ningest.run({cfg!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+    shards, written = Path(cfg.output_dir) / ".lerobot-shards", Path(cfg.output_dir) / "lerobot"
+    while process.poll() is None and sum(1 for _ in shards.glob("*/clips.json")) < after_shards:
+        time.sleep(0.002)
+    time.sleep(pause_s)
+    at_work = not written.exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return at_work
+
+
+def test_an_export_that_is_killed_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("video_data.export.CLIPS_A_SHARD", 3)
+    for index in range(24):
+        # Every third is encoded anew, the others are copied.
+        write_clip(tmp_path / "videos" / f"{index:02}.mp4", 20 + index, size=(320, 240) if index % 3 else (400, 240))
+        (tmp_path / "videos" / f"{index:02}.txt").write_text(f"task {index % 5}")
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    ingest(tmp_path / "videos", undisturbed)
+    ingest(tmp_path / "videos", killed, export="none")
+
+    cfg = IngestConfig(
+        path=str(tmp_path / "videos"),
+        output_dir=str(killed),
+        image_size=32,
+        export="lerobot",
+        filters=ClipFilters(min_frames=4),
+        num_workers=1,
+    )
+    moments = random.Random(0)
+    for after_shards in (1, 5):
+        assert start_and_kill(cfg, 3, after_shards, moments.uniform(0, 0.02)), "the export ended: give it more clips"
+        assert (killed / ".lerobot-shards" / "0" / "clips.json").is_file()
+    # What a kill while the tables are written leaves behind.
+    (killed / ".lerobot.partial" / "data").mkdir(parents=True)
+    (killed / ".lerobot.partial" / "episodes.jsonl").write_text('{"episode_ind')
+
+    ingest(tmp_path / "videos", killed)
+
+    files = sorted(file.relative_to(undisturbed) for file in undisturbed.rglob("*"))
+    assert files == sorted(file.relative_to(killed) for file in killed.rglob("*"))
+    for file in files:
+        if (undisturbed / file).is_file():
+            assert (killed / file).read_bytes() == (undisturbed / file).read_bytes(), file

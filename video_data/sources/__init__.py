@@ -5,6 +5,7 @@ A layout only lists; what it lists is opened by `open_media`. A new layout is a 
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -83,9 +84,10 @@ def list_requests(layout: str, root: Path, options) -> Iterator[ClipRequest | Re
                 entry,
                 caption=caption,
                 caption_origin=entry.caption_origin if caption or entry.caption_origin == "unreadable" else "none",
-                source=_as_text(entry.source),
-                licence=_as_text(entry.licence or options.licence),
-                split=_as_text(entry.split),
+                # Few different texts for many clips: one object each.
+                source=sys.intern(_as_text(entry.source)),
+                licence=sys.intern(_as_text(entry.licence or options.licence)),
+                split=sys.intern(_as_text(entry.split)),
                 url=_as_text(entry.url),
             )
     if first is not None and num_rejected == len(seen):
