@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lapa.backbones.huggingface import ROTARY_DTYPES, RoundedRotaryEmbedding
 from lapa.checkpoint import read_json
 
 if TYPE_CHECKING:
@@ -45,27 +46,7 @@ END_OF_VISION = 8193
 LATENT_FILE = "lapa.safetensors"
 LATENT_CONFIG_FILE = "lapa_config.json"
 LATENT_PARTS = ("vision_embedding", "latent_embedding", "vision_head", "latent_head")
-ROTARY_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEXT, VISION, LATENT = 0, 1, 2
-
-
-class RoundedRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary angles that were rounded to a low precision first.
-
-    The released weights were trained where the angle position / theta^(2i/H) was stored in bfloat16, whose 8 bits
-    leave steps of 2 radians at position 300. The weights have learned those positions, not the exact ones.
-    """
-
-    def __init__(self, head_width: int, theta: float, dtype: torch.dtype):
-        super().__init__()
-        self.head_width, self.theta, self.dtype = head_width, theta, dtype
-
-    def forward(self, hidden_BSD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, S, H) in the dtype of the hidden states, for positions (B, S)."""
-        exponent_K = torch.arange(0, self.head_width, 2, device=position_ids.device, dtype=torch.float64)
-        angle_BSK = (position_ids[..., None] / self.theta ** (exponent_K / self.head_width)).to(self.dtype)
-        angle_BSH = torch.cat([angle_BSK, angle_BSK], dim=-1)
-        return angle_BSH.cos().to(hidden_BSD.dtype), angle_BSH.sin().to(hidden_BSD.dtype)
 
 
 class LatentLlama(nn.Module):
