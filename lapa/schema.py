@@ -5,6 +5,7 @@ composed configuration into these objects, and nothing below the CLI sees OmegaC
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -546,19 +547,80 @@ class MoTBackbone(DenseBackbone):
 
 
 @dataclass
-class MemoryBackbone(DenseBackbone):
-    """Memory+ (arXiv 2412.09764): some feed-forwards become look-ups in one large table, for facts."""
+class MemoryOptions:
+    """Memory layers (Memory+, arXiv 2412.09764): some feed-forwards become look-ups in one large table, for facts."""
 
-    name: str = "memory"
     memory_layers: list[int] = field(default_factory=list)  # which layers, from 0; empty: spread around the middle
     num_memory_layers: int = 3  # where memory_layers is empty; at most every second layer
     num_half_keys: int = 64  # the table has the square of this many values
     num_memory_heads: int = 2
-    num_best_slots: int = 8  # values that a head mixes
+    num_best_slots: int = 4  # values that a head mixes
     key_width: int = 64  # of a query and a key, both halves together
     memory_gate: bool = True  # Memory+; false: plain memory, the mixed values as they are
     memory_query_key_norm: bool = True  # RMSNorm on the memory's queries and keys, for small models
     value_learning_rate_ratio: float = 10.0  # of the table, to training.learning_rate
+
+
+@dataclass
+class MemoryBackbone(MemoryOptions, DenseBackbone):
+    """A dense transformer with memory layers."""
+
+    name: str = "memory"
+
+
+@dataclass
+class MoTMemoryBackbone(MemoryOptions, MoTBackbone):
+    """A mixture-of-transformers with memory layers; all experts read the same table."""
+
+    name: str = "mot_memory"
+
+
+@dataclass
+class MoMaBackbone(DenseBackbone):
+    """Mixture of modality-aware experts (arXiv 2407.21770): expert choice in training, auxiliary routers afterwards.
+
+    Modalities: text, image, latent_action, proprioception, robot_action.
+    """
+
+    name: str = "moma"
+    # Each expert is as wide as the dense feed-forward, so that a token costs what it costs there.
+    groups: list[list[str]] = field(  # modalities that share experts; one group of all is a plain mixture of experts
+        default_factory=lambda: [["text"], ["image"], ["latent_action", "proprioception", "robot_action"]]
+    )
+    num_experts: list[int] = field(default_factory=lambda: [4, 4, 1])  # of each group; 1: takes all, without a router
+    capacity_factor: float = 1.0  # places in all experts of a group together, a token
+    router_noise: float = 0.0  # times Gumbel-sigmoid noise on the choice in training; 1 as in the paper
+    depth_capacity: float = 0.0  # mixture-of-depths: share of tokens in every other layer, 0.25 in the paper; 0: off
+
+
+@dataclass
+class HuggingFaceBackbone(Backbone):
+    """A language or vision-language model of transformers, whole, frozen in parts, or with LoRA.
+
+    With text=huggingface and image_tokenizer=huggingface the model's own vocabulary and vision tower are used too.
+    """
+
+    name: str = "huggingface"
+    path: str | None = None  # folder of a model (config.json, safetensors, tokenizer.json), or its name on the hub
+    local_files_only: bool = True  # false downloads a model that is named
+    weights: str = "pretrained"  # pretrained | random (the same architecture, untrained)
+    width: int = 0  # told by the model, as are num_layers and num_heads
+    num_layers: int = 0
+    num_heads: int = 0
+    mask: str = "causal"  # causal (as most are trained) | block_causal (PaliGemma) | bidirectional
+    model_config: dict[str, Any] | None = None  # transformers' config.json; null: read from path
+    dtype: str = "float32"  # float32 | bfloat16: of the model's own weights; LoRA and heads stay float32
+    freeze_language: bool = False  # its layers; LoRA freezes them anyway
+    freeze_embeddings: bool = True  # its vocabulary; instructions use few rows, and weight decay shrinks the others
+    freeze_vision: bool = True  # its vision tower and connector
+    lora_rank: int = 0  # of adapters beside the language model's linear layers; 0: off
+    lora_alpha: int = 16  # their sum is scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.0
+    lora_targets: str = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"  # names of linear layers
+    learning_rate_ratio: float = 1.0  # of the model's own weights and adapters, to training.learning_rate
+    prompt: str | None = None  # with {image} and {instruction}; null: as the model was trained
+    image_input_size: int = 0  # pixels that images are resized to for its vision tower; 0: as the model was trained
+    rotary_dtype: str = "auto"  # auto (bfloat16 for a folder of `lapa import_lapa`) | float32 | bfloat16: of angles
 
 
 @dataclass
@@ -614,15 +676,26 @@ class FutureFrame:
     """
 
     weight: float = 0.0  # 0: off; of the denoising loss beside the latent tokens' cross-entropy, 5 in the paper
-    process: str = "diffusion"  # diffusion (DDPM, cosine schedule, noise predicted) | flow (flow matching)
+    process: str = "diffusion"  # diffusion (DDPM, cosine schedule) | flow (flow matching)
+    predicts: str = "data"  # data (the clean frame: few steps suffice) | papers (the noise; of flow the velocity)
     image_size: int = 32  # pixels that the frame is resized to, to be denoised
     patches: str = "linear"  # linear (one matrix) | unet (convolutions and skip connections around the trunk)
     patch_size: int = 4  # pixels of the side of a token's patch
+    unet_channels: int = 32  # of the convolutions, a multiple of 8 (patches=unet)
     frame_first_share: float = 0.2  # of the samples: the frame comes first, the latent action is read from it
     frame_first_max_noise: float = 0.5  # of the time from data to noise, in those samples; 1: no cap
     condition_dropout: float = 0.1  # share of samples without instruction and latent action, which guidance needs
     num_sampling_steps: int = 25  # of the sampled frames in metrics and pictures; 250 in the paper
     guidance: float = 1.0  # of those samples: 1: none; 3 to 5 in the paper
+
+
+@dataclass
+class HuggingFaceText(TextEncoder):
+    """The vocabulary and embeddings of backbone=huggingface, with the prompt that the model was trained on."""
+
+    name: str = "huggingface"
+    tokenizer: str | None = None  # folder with tokenizer.json, hub name, or such a file; null: in backbone.path
+    max_tokens: int = 64  # of the prompt with the instruction; words that do not fit are cut off
 
 
 @dataclass
@@ -641,6 +714,8 @@ class PretrainConfig:
     random_shift_pixels: int = 4  # augmentation, zero: off
     chunk_size: int = 4  # actions predicted at once (target=action)
     future_frame: FutureFrame = field(default_factory=FutureFrame)
+    # The same model, or one with a dense backbone that backbone=moma is upcycled from.
+    init_from: str | None = None  # folder of `lapa pretrain` with the first weights; null: random ones
     ignore_gate: bool = False  # pretrain even on a quantizer that failed its gate
     holdout_fraction: float = 0.05
     cache_dir: str | None = None
@@ -720,7 +795,7 @@ class HindsightConfig:
     num_forward_frames: int = 10  # of a trajectory, whose actions are scored
     num_distractors: int = 4  # other instructions that an instruction must explain the actions better than
     edit: TrajectoryEdit = field(default_factory=TrajectoryEdit)
-    # Of both models; the stage sets data, output_dir, num_episodes and, for the backward model, chunk_size.
+    # Of both models; the stage sets where from, where to and how many, and a chunk_size of 1 for the backward model.
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     # By slot, the words that can fill it: how labels are compared with the truth.
     slots: dict[str, list[str]] = field(
@@ -814,6 +889,114 @@ class Study:
 
 
 @dataclass
+class FactsStudy(Study):
+    """Facts that only memory answers, and a rule: dense, wide dense, mixture of experts, memory, Memory+."""
+
+    name: str = "facts"
+    num_facts: list[int] = field(default_factory=lambda: [1000, 2000, 4000])  # a model is trained for each number
+    width: int = 16
+    num_layers: int = 4
+    num_heads: int = 2
+    memory_layers: list[int] = field(default_factory=lambda: [1, 3])  # of Memory+; plain memory has the middle one
+    num_half_keys: int = 64  # the table of the memory arms has the square of this many values
+    num_memory_heads: int = 2
+    num_best_slots: int = 4  # values that a head mixes
+    key_width: int = 16  # of a memory's query, both halves together
+    value_learning_rate_ratio: float = 10.0  # of the table, to the learning rate
+    num_steps: int = 300
+    batch_size: int = 256
+    rule_share: float = 0.2  # of a batch; the rest are facts
+    learning_rate: float = 0.016  # of all arms: for each of them better than half of it, on another seed
+
+
+@dataclass
+class NoisyTextStudy(Study):
+    """Text encoders under noise on the letters: byte pairs, words, bytes, BLT's patches, at equal FLOPs."""
+
+    name: str = "noisy_text"
+    num_train: int = 4000  # clean instructions
+    num_test: int = 400  # with combinations of words that training has not met
+    capitals_share: float = 0.1  # of the instructions that are all in capitals
+    width: int = 48  # of the backbone of plain bytes; the others' follow from their FLOPs
+    num_layers: int = 2
+    byte_width: int = 32
+    ngram_table_size: int = 500  # embeddings for each n
+    mean_patch_bytes: float = 4.5  # of static and entropy patches
+    entropy_steps: int = 150  # of the byte model that finds patches
+    byte_pair_vocabulary: int = 512
+    training: Training = field(
+        default_factory=lambda: Training(num_steps=300, batch_size=32, learning_rate=4e-3, tensorboard=False)
+    )
+
+
+@dataclass
+class ModalitiesStudy(Study):
+    """Weights of its own for every modality: dense, mixture-of-transformers in parts, in full, with two merged."""
+
+    name: str = "modalities"
+    data: str = MISSING  # episodes with actions and instructions, such as demos/ of `lapa demos`
+    image_size: int = 64  # pixels, of the data
+    patch_size: int = 16  # pixels; a patch is a token
+    num_image_codes: int = 256
+    num_action_bins: int = 16  # of each action dimension
+    num_images: int = 2  # of a sequence
+    frame_gap: int = 4  # frames from one image to the next; all actions between them are in the sequence
+    holdout_fraction: float = 0.1  # of the episodes
+    num_held_out: int = 192  # sequences of those
+    width: int = 64  # of all arms but the wide one
+    num_layers: int = 4
+    num_heads: int = 4
+    training: Training = field(
+        default_factory=lambda: Training(
+            num_steps=240,
+            batch_size=32,
+            learning_rate=6e-3,
+            final_learning_rate_ratio=1.0,
+            log_every_steps=20,
+            tensorboard=False,
+        )
+    )
+
+
+@dataclass
+class CausalExpertsStudy(Study):
+    """Experts by modality on causal sequences: what is left of their gain when routes may not see the future."""
+
+    name: str = "causal_experts"
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    router_noise: float = 0.0  # times Gumbel-sigmoid noise on the choice in training
+    second_phase_steps: int = 60  # of the auxiliary routers alone, after the model
+    num_held_out: int = 256  # sequences
+    curve_every_steps: int = 20  # between points of the held-out curve
+    training: Training = field(
+        default_factory=lambda: Training(
+            num_steps=320, batch_size=16, learning_rate=4e-3, warmup_steps=30, tensorboard=False
+        )
+    )
+
+
+@dataclass
+class TransfusionStudy(Study):
+    """Frames by diffusion or by discrete tokens, in one transformer with the instruction: moving blocks."""
+
+    name: str = "transfusion"
+    image_size: int = 12
+    patch_size: int = 4  # pixels, of denoised patches and of coded ones
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    unet_channels: int = 16
+    codebook_size: int = 256  # patches (arm vq_frames)
+    num_steps: int = 450  # of the first arm; the others have as many as the same operations allow
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    num_sampling_steps: int = 20
+    num_eval_clips: int = 512
+
+
+@dataclass
 class StudyConfig:
     """`lapa study`: what a part of the model zoo is good for: every arm with every seed, a table with intervals.
 
@@ -885,10 +1068,23 @@ GROUPS: dict[str, dict[str, type]] = {
         "features": FeatureTarget,
         "latent_consistency": LatentConsistencyTarget,
     },
-    "backbone": {"dense": DenseBackbone, "mot": MoTBackbone, "memory": MemoryBackbone},
-    "text": {"words": WordText, "bytes": ByteText, "blt": BltText},
+    "backbone": {
+        "dense": DenseBackbone,
+        "mot": MoTBackbone,
+        "moma": MoMaBackbone,
+        "memory": MemoryBackbone,
+        "mot_memory": MoTMemoryBackbone,
+        "huggingface": HuggingFaceBackbone,
+    },
+    "text": {"words": WordText, "bytes": ByteText, "blt": BltText, "huggingface": HuggingFaceText},
     "embodiment": {"custom": Embodiment},
-    "study": {},
+    "study": {
+        "causal_experts": CausalExpertsStudy,
+        "facts": FactsStudy,
+        "noisy_text": NoisyTextStudy,
+        "modalities": ModalitiesStudy,
+        "transfusion": TransfusionStudy,
+    },
 }
 
 

@@ -1,7 +1,8 @@
 """Stage `finetune`: a few demonstrations turn a pretrained trunk, or random weights, into a LeRobot policy.
 
 The latent head is dropped and an action head takes its place (arXiv 2410.11758). A trunk pretrained on true
-actions keeps its head and its action statistics where they fit.
+actions keeps its head and its action statistics where they fit: with action_head=chunk, at the same chunk size. Bins
+and denoising heads are made of other weights than the linear head of pretraining, and begin anew.
 
 Writes the policy folder (config.json, model.safetensors, policy_preprocessor.json, policy_postprocessor.json
 and their state), log.jsonl and metrics.json.
@@ -22,7 +23,7 @@ from torch import Tensor
 from lapa import distributed
 from lapa.checkpoint import MODEL_FILE, load_config, read_json, write_json
 from lapa.data import action_chunks, open_frames, to_float
-from lapa.latent_vla.heads import BinnedActionHead
+from lapa.latent_vla.heads import BinnedActionHead, DenoisingActionHead
 from lapa.latent_vla.vision import random_shift
 from lapa.runtime import setup
 from lapa.schema import FinetuneConfig
@@ -61,6 +62,7 @@ def run(cfg: FinetuneConfig) -> dict:
         backbone=pretrained["backbone"] if pretrained else asdict(cfg.backbone),
         action_head=cfg.action_head,
         num_bins=cfg.num_bins,
+        num_sampling_steps=cfg.num_sampling_steps,
         optimizer_lr=cfg.training.learning_rate,
         optimizer_weight_decay=cfg.training.weight_decay,
         scheduler_warmup_steps=cfg.training.warmup_steps,
@@ -73,11 +75,15 @@ def run(cfg: FinetuneConfig) -> dict:
         keeps_head = load_pretrained(policy, Path(cfg.pretrained or ""), pretrained)
         if keeps_head:
             mean, std = np.float32(pretrained["action_mean"]), np.float32(pretrained["action_std"])
+    else:
+        policy.model.trunk.text_encoder.fit(store.instructions[:num_episodes], cfg.training.seed)
     statistics = {ACTION: {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}}
     preprocessor, postprocessor = make_lapa_pre_post_processors(config, statistics)
     head = policy.model.action_head
     if isinstance(head, BinnedActionHead):
         head.fit_bins(torch.from_numpy((demo_actions - mean) / std))
+    if isinstance(head, DenoisingActionHead):
+        head.fit_limits(torch.from_numpy((demo_actions - mean) / std))
 
     episode_of_frame = store.episode_of_frame()
 

@@ -34,6 +34,11 @@ PADDING_DOCUMENT = -1  # a token that nobody sees
 # The name in the configuration, the module that holds the model, and its class.
 BACKBONES: dict[str, tuple[str, str]] = {
     "dense": ("lapa.backbones.dense", "DenseTransformer"),
+    "mot": ("lapa.backbones.mot", "MoTTransformer"),
+    "moma": ("lapa.backbones.moma", "MoMaTransformer"),
+    "memory": ("lapa.backbones.memory", "MemoryTransformer"),
+    "huggingface": ("lapa.backbones.huggingface", "HuggingFaceBackbone"),
+    "mot_memory": ("lapa.backbones.memory", "MoTMemoryTransformer"),
 }
 
 

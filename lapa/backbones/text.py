@@ -20,6 +20,9 @@ from lapa.text import PADDING_ID, TEXT_VOCABULARY
 # The name in the configuration, the module that holds the encoder, and its class.
 TEXT_ENCODERS: dict[str, tuple[str, str]] = {
     "words": ("lapa.backbones.text", "WordEncoder"),
+    "bytes": ("lapa.backbones.blt", "ByteEncoder"),
+    "blt": ("lapa.backbones.blt", "BltEncoder"),
+    "huggingface": ("lapa.backbones.huggingface_inputs", "HuggingFaceText"),
 }
 
 
@@ -37,6 +40,9 @@ class EncodedText:
 
 class TextEncoder(nn.Module):
     """What every text encoder is."""
+
+    def fit(self, texts: Sequence[str], seed: int) -> None:
+        """Learn from the data's texts what `encode_text` needs; before training from random weights, not after."""
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Ids (B, W) int64 on the CPU, 0 for padding; what does not fit is cut off."""

@@ -1,4 +1,4 @@
-"""What is read from the trunk: latent action tokens or numbers, binned actions, or continuous action chunks.
+"""What is read from the trunk: latent action tokens or numbers, binned actions, or continuous or denoised chunks.
 
 Shapes: B batch, L codes of a latent action (num_codes), K choices of a code, D width, T chunk size, A action
 dimensions, N bins.
@@ -7,6 +7,9 @@ dimensions, N bins.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lapa.latent_vla.diffusion import TimeEmbedding, build_noise_process
+from lapa.schema import FinetuneConfig
 
 
 class LatentHead(nn.Module):
@@ -169,19 +172,66 @@ class BinnedActionHead(nn.Module):
             )
 
 
+class DenoisingActionHead(nn.Module):
+    """A chunk of normalised actions as T tokens of the trunk, from noise to actions in a few steps.
+
+    After Transfusion (arXiv 2408.11039), with actions in place of patches; pi0 (arXiv 2410.24164) does so by flow.
+
+    Args:
+        process: diffusion or flow.
+        num_sampling_steps: passes of the chunk through the trunk; the prefix takes one.
+    """
+
+    limit_A: Tensor
+
+    def __init__(self, width: int, chunk_size: int, action_dim: int, process: str, num_sampling_steps: int):
+        super().__init__()
+        if num_sampling_steps < 1:
+            raise ValueError(f"num_sampling_steps is {num_sampling_steps}, expected at least 1")
+        self.chunk_size, self.action_dim, self.num_sampling_steps = chunk_size, action_dim, num_sampling_steps
+        self.process = build_noise_process(process)
+        self.time = TimeEmbedding(width)
+        self.input = nn.Linear(action_dim, width)
+        self.position = nn.Parameter(torch.randn(chunk_size, width) * 0.5)
+        self.output = nn.Linear(width, action_dim)
+        self.register_buffer("limit_A", torch.full((action_dim,), torch.inf))
+
+    def fit_limits(self, actions_NA: Tensor) -> None:
+        """Take the largest of normalised actions (N, A) as the bounds of what is sampled."""
+        self.limit_A.copy_(actions_NA.abs().amax(0))
+
+    def tokens(self, noised_BTA: Tensor, time_B: Tensor) -> Tensor:
+        """(B, T, D) for the trunk."""
+        return self.input(noised_BTA) + self.position + self.time(time_B)[:, None]
+
+    def read(self, hidden_BTD: Tensor) -> Tensor:
+        """The prediction (B, T, A): the chunk itself."""
+        return self.output(hidden_BTD).float()
+
+
 def masked_mean(values_BT: Tensor, is_pad_BT: Tensor) -> Tensor:
     """Mean over T where not padding, a sample (B,)."""
     kept_BT = (~is_pad_BT).to(values_BT.dtype)
     return (values_BT * kept_BT).sum(1) / kept_BT.sum(1).clamp(min=1)
 
 
-ActionHead = ChunkActionHead | BinnedActionHead
+ReadoutActionHead = ChunkActionHead | BinnedActionHead
+ActionHead = ReadoutActionHead | DenoisingActionHead
 
 
-def build_action_head(name: str, width: int, chunk_size: int, action_dim: int, num_bins: int) -> ActionHead:
-    """`chunk` (continuous) or `bins` (quantile bins); ValueError for another name."""
+def build_action_head(
+    name: str,
+    width: int,
+    chunk_size: int,
+    action_dim: int,
+    num_bins: int,
+    num_sampling_steps: int = FinetuneConfig.num_sampling_steps,
+) -> ActionHead:
+    """`chunk` (continuous), `bins` (quantile bins), `diffusion` or `flow`; ValueError for another name."""
     if name == "chunk":
         return ChunkActionHead(width, chunk_size, action_dim)
     if name == "bins":
         return BinnedActionHead(width, chunk_size, action_dim, num_bins)
-    raise ValueError(f"unknown action_head {name!r}: known are ['bins', 'chunk']")
+    if name in ("diffusion", "flow"):
+        return DenoisingActionHead(width, chunk_size, action_dim, name, num_sampling_steps)
+    raise ValueError(f"unknown action_head {name!r}: known are ['bins', 'chunk', 'diffusion', 'flow']")

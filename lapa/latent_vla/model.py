@@ -4,9 +4,10 @@
       see each other          see the prefix and what came before
 
 After arXiv 2410.11758: pretrained to predict latent actions, then the latent head is dropped and an action
-head reads the same readout token.
+head reads the same readout token, or denoises a chunk of tokens that follow it.
 
-Shapes: B batch, W text ids, T text tokens, I image tokens, L action tokens, S = T + I + L, D width.
+Shapes: B batch, W text ids, T text tokens or chunk size, I image tokens, L action tokens, S = T + I + L, D width,
+A action dimensions.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,18 @@ from torch import Tensor, nn
 from lapa import schema
 from lapa.backbones.base import IMAGE, LATENT_ACTION, NO_BLOCK, ROBOT_ACTION, TEXT, Cache, Layout, build_backbone
 from lapa.backbones.text import build_text_encoder
-from lapa.latent_vla.heads import ActionHead, ContinuousLatentHead, LatentHead
+from lapa.latent_vla.heads import (
+    ActionHead,
+    ContinuousLatentHead,
+    DenoisingActionHead,
+    LatentHead,
+    ReadoutActionHead,
+    masked_mean,
+)
 from lapa.latent_vla.vision import build_image_tokenizer
 
 PREFIX_BLOCK = 0
+DENOISED_BLOCK = 1
 
 
 class VisionLanguageTrunk(nn.Module):
@@ -63,7 +72,8 @@ class VisionLanguageTrunk(nn.Module):
         action_BLD: Tensor,
         modality: int,
         cache: Cache | None = None,
-        block: int = NO_BLOCK,
+        block: int | Tensor = NO_BLOCK,
+        is_token_BL: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, L, D) of the action tokens.
 
@@ -73,10 +83,11 @@ class VisionLanguageTrunk(nn.Module):
             action_BLD: embedded action tokens, the readout first.
             modality: LATENT_ACTION or ROBOT_ACTION.
             cache: filled with all of these tokens, for `extend`.
-            block: PREFIX_BLOCK + 1 or more: the action tokens see each other both ways.
+            block: DENOISED_BLOCK: the action tokens see each other both ways; (L,) int64 says it of each token.
+            is_token_BL: bool, False for padding, which no token sees.
         """
         prefix_BSD, layout = self.prefix(images_BCHW, ids_BW)
-        layout = layout.then(self.action_layout(layout, action_BLD, modality, block))
+        layout = layout.then(self.action_layout(layout, action_BLD, modality, block, is_token_BL))
         hidden_BSD = self.backbone(torch.cat([prefix_BSD, action_BLD.to(prefix_BSD.dtype)], dim=1), layout, cache)
         return hidden_BSD[:, -action_BLD.shape[1] :]
 
@@ -85,12 +96,20 @@ class VisionLanguageTrunk(nn.Module):
         assert cache.layout is not None
         return self.backbone(action_BLD, self.action_layout(cache.layout, action_BLD, modality, block), cache)
 
-    def action_layout(self, before: Layout, action_BLD: Tensor, modality: int, block: int = NO_BLOCK) -> Layout:
+    def action_layout(
+        self,
+        before: Layout,
+        action_BLD: Tensor,
+        modality: int,
+        block: int | Tensor = NO_BLOCK,
+        is_token_BL: Tensor | None = None,
+    ) -> Layout:
         """Action tokens that follow the tokens of `before`."""
         modality_ids_BL = torch.full(action_BLD.shape[:2], modality, device=action_BLD.device)
         return Layout.of(
             modality_ids_BL,
-            block_ids_BS=torch.full_like(modality_ids_BL, block),
+            block_ids_BS=torch.as_tensor(block, device=action_BLD.device).expand_as(modality_ids_BL),
+            is_token_BS=is_token_BL,
             first_position=before.position_ids_BS[:, -1] + 1,
         )
 
@@ -163,7 +182,7 @@ class ContinuousLatentModel(nn.Module):
 class ActionModel(nn.Module):
     """Trunk and action head: what finetuning trains and a policy runs."""
 
-    def __init__(self, trunk: VisionLanguageTrunk, action_head: ActionHead):
+    def __init__(self, trunk: VisionLanguageTrunk, action_head: ReadoutActionHead):
         super().__init__()
         self.trunk = trunk
         self.action_head = action_head
@@ -180,6 +199,87 @@ class ActionModel(nn.Module):
         loss_B, numbers = self.action_head.loss(self.hidden(images_BCHW, ids_BW), actions_BTA, is_pad_BT)
         return with_auxiliary(loss_B, numbers, self.trunk)
 
-    def decode(self, images_BCHW: Tensor, ids_BW: Tensor) -> Tensor:
-        """Normalised actions (B, T, A), without sampling."""
+    def decode(self, images_BCHW: Tensor, ids_BW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Normalised actions (B, T, A), without sampling: the generator is not used."""
         return self.action_head.decode(self.hidden(images_BCHW, ids_BW))
+
+
+class DenoisingActionModel(nn.Module):
+    """Trunk and denoising head: the chunk's tokens follow the readout, as one block that sees itself both ways."""
+
+    def __init__(self, trunk: VisionLanguageTrunk, action_head: DenoisingActionHead):
+        super().__init__()
+        self.trunk = trunk
+        self.action_head = action_head
+
+    def loss(
+        self, images_BCHW: Tensor, ids_BW: Tensor, actions_BTA: Tensor, is_pad_BT: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the prediction a sample (B,) and numbers to log, for normalised actions (B, T, A).
+
+        Time and noise come from torch's own generator, which `lapa.trainer.fit` seeds and saves.
+        """
+        head = self.action_head
+        time_B = head.process.draw_times(len(actions_BTA)).to(actions_BTA.device)
+        noise_BTA = torch.randn_like(actions_BTA)
+        tokens_BTD = head.tokens(head.process.corrupt(actions_BTA, noise_BTA, time_B), time_B)
+        readout_B1D = self.trunk.readout.to(tokens_BTD.dtype).expand(len(ids_BW), 1, -1)
+        hidden_BLD = self.trunk(
+            images_BCHW,
+            ids_BW,
+            torch.cat([readout_B1D, tokens_BTD], dim=1),
+            ROBOT_ACTION,
+            block=torch.tensor([NO_BLOCK] + [DENOISED_BLOCK] * head.chunk_size),
+            is_token_BL=torch.cat([torch.ones_like(is_pad_BT[:, :1]), ~is_pad_BT], dim=1),
+        )
+        target_BTA = head.process.target(actions_BTA, noise_BTA)
+        error_BT = (head.read(hidden_BLD[:, 1:]) - target_BTA).square().mean(-1)
+        loss_B = masked_mean(error_BT, is_pad_BT)
+        return with_auxiliary(loss_B, {"denoising_loss": loss_B.detach().mean()}, self.trunk)
+
+    @torch.no_grad()
+    def decode(self, images_BCHW: Tensor, ids_BW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Normalised actions (B, T, A).
+
+        Args:
+            generator: of the noise, on the CPU. None: every row starts from the same fixed noise, so that the chunk
+                depends on image and instruction alone.
+        """
+        head, batch = self.action_head, len(ids_BW)
+        if generator is None:
+            fixed = torch.Generator().manual_seed(0)
+            start_BTA = torch.randn(1, head.chunk_size, head.action_dim, generator=fixed).repeat(batch, 1, 1)
+        else:
+            start_BTA = torch.randn(batch, head.chunk_size, head.action_dim, generator=generator)
+        cache = Cache()
+        self.trunk(images_BCHW, ids_BW, self.trunk.readout.expand(batch, 1, -1), ROBOT_ACTION, cache)
+        prefix_length = cache.length
+
+        def predict(noised_BTA: Tensor, time_B: Tensor) -> Tensor:
+            tokens_BTD = head.tokens(noised_BTA, time_B)
+            hidden_BTD = self.trunk.extend(tokens_BTD, ROBOT_ACTION, cache, DENOISED_BLOCK)
+            cache.truncate(prefix_length)
+            return head.read(hidden_BTD)
+
+        start_BTA = start_BTA.to(images_BCHW.device)
+        return head.process.sample(predict, start_BTA, head.num_sampling_steps, head.limit_A, generator)
+
+
+def build_action_model(trunk: VisionLanguageTrunk, action_head: ActionHead) -> ActionModel | DenoisingActionModel:
+    """The model that runs this head."""
+    if isinstance(action_head, DenoisingActionHead):
+        return DenoisingActionModel(trunk, action_head)
+    return ActionModel(trunk, action_head)
+
+
+def build_trunk(
+    backbone: schema.Backbone, text: schema.TextEncoder, image_tokenizer: str, image_size: int
+) -> VisionLanguageTrunk:
+    """The trunk of these parts; a model of transformers brings all of them at once."""
+    if isinstance(backbone, schema.HuggingFaceBackbone):
+        from lapa.latent_vla.huggingface import HuggingFaceTrunk
+
+        return HuggingFaceTrunk(backbone, text, image_tokenizer, image_size)
+    if image_tokenizer == "huggingface":
+        raise ValueError("image_tokenizer=huggingface is a model's vision tower: it needs backbone=huggingface")
+    return VisionLanguageTrunk(backbone, text, image_tokenizer, image_size)

@@ -1,13 +1,15 @@
 """Stage `pretrain`: the trunk learns to predict what happens next, as latent actions or as true actions.
 
 target=latent reads the labels of `lapa label` (arXiv 2410.11758). target=action reads the data set's own
-actions: ActionVLA, the upper bound of what the videos could teach.
+actions: ActionVLA, the upper bound of what the videos could teach. With future_frame.weight the future frame is
+denoised too, in the same sequence (lapa/latent_vla/transfusion.py).
 
-Writes config.json, model.safetensors, log.jsonl and metrics.json.
+Writes config.json, model.safetensors, log.jsonl and metrics.json; of a model that denoises also
+images/future_frames.png.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,33 @@ import torch
 from torch import Tensor, nn
 
 from lapa import distributed
+from lapa.backbones.upcycle import initial_state
 from lapa.checkpoint import save_model, write_json
-from lapa.data import FrameStore, action_chunks, open_frames, split_episodes, to_float
+from lapa.data import FramePairs, FrameStore, action_chunks, open_frames, split_episodes, to_float
 from lapa.latent_vla.heads import ChunkActionHead
-from lapa.latent_vla.model import ActionModel, ContinuousLatentModel, LatentActionModel, VisionLanguageTrunk
+from lapa.latent_vla.model import (
+    ActionModel,
+    ContinuousLatentModel,
+    LatentActionModel,
+    VisionLanguageTrunk,
+    build_trunk,
+)
+from lapa.latent_vla.transfusion import TransfusionModel
 from lapa.latent_vla.vision import random_shift
+from lapa.metrics import psnr_db
+from lapa.quantizer.base import quantizer_pairs
 from lapa.quantizer.evaluation import require_gate
 from lapa.quantizer.label import Labels, load_labels
 from lapa.runtime import Compute, setup
-from lapa.schema import PretrainConfig
+from lapa.schema import FutureFrame, PretrainConfig
 from lapa.trainer import finish, fit
 
 EVALUATION_BATCH = 256
 MAX_EVALUATION_FRAMES = 4096
 NUM_CURVE_FRAMES = 512  # held-out frames behind each point of the training curve
 CURVE_EVERY_LOGS = 10
+NUM_IMAGINED_FRAMES = 128  # held-out frames whose future is sampled
+NUM_PICTURED_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,8 @@ class Objective:
     model: trunk and head. is_usable (N,): frames with a target. loss: of (images, text ids, frame indices).
     evaluate: the same inputs, to sums over the batch by name. baseline: what a guess without looking gets.
     config: what config.json says beside the trunk. derive: further numbers from the means of what `evaluate` sums.
+    future_N: the frame that images hold behind each frame, as channels 3 to 5; None: images are single frames.
+    imagine: of a few of the same inputs and a folder for pictures: numbers of sampled future frames.
     """
 
     model: nn.Module
@@ -49,6 +65,8 @@ class Objective:
     baseline: dict[str, float]
     config: dict[str, Any]
     derive: Callable[[dict[str, float]], dict[str, float]] = lambda means: {}
+    future_N: np.ndarray | None = None
+    imagine: Callable[[Tensor, Tensor, np.ndarray, Path], dict[str, float]] | None = None
 
 
 def run(cfg: PretrainConfig) -> dict:
@@ -58,13 +76,18 @@ def run(cfg: PretrainConfig) -> dict:
     train_episodes, held_out_episodes = split_episodes(store, cfg.holdout_fraction, cfg.training.seed)
     in_training = np.isin(store.episode_of_frame(), train_episodes)
     torch.manual_seed(cfg.training.seed)
-    trunk = VisionLanguageTrunk(cfg.backbone, cfg.text, cfg.image_tokenizer, cfg.image_size)
+    trunk = build_trunk(cfg.backbone, cfg.text, cfg.image_tokenizer, cfg.image_size)
+    trunk.text_encoder.fit([store.instructions[episode] for episode in train_episodes], cfg.training.seed)
     if cfg.target == "latent":
         objective = latent_objective(cfg, store, trunk, in_training, compute.device)
     elif cfg.target == "action":
+        if cfg.future_frame.weight:
+            raise ValueError("future_frame.weight needs target=latent: the frame follows latent action tokens")
         objective = action_objective(cfg, store, trunk, in_training, compute.device)
     else:
         raise ValueError(f"target is {cfg.target!r}, expected latent or action")
+    if cfg.init_from is not None:
+        start_from(cfg.init_from, cfg, objective.model)
     train_frames = np.flatnonzero(in_training & objective.is_usable)
     held_out_frames = np.flatnonzero(np.isin(store.episode_of_frame(), held_out_episodes) & objective.is_usable)
     if not len(train_frames) or not len(held_out_frames):
@@ -75,7 +98,7 @@ def run(cfg: PretrainConfig) -> dict:
     held_out_frames = np.random.default_rng(0).permutation(held_out_frames)[:MAX_EVALUATION_FRAMES]
 
     output_dir, training = Path(cfg.output_dir), cfg.training
-    inputs = Inputs(store, trunk.encode_text(store.instructions), compute.device)
+    inputs = Inputs(store, trunk.encode_text(store.instructions), compute.device, objective.future_N)
     if compute.compile:
         trunk.compile()
 
@@ -100,6 +123,10 @@ def run(cfg: PretrainConfig) -> dict:
     if not distributed.is_main():
         return {}
     numbers = held_out_numbers(held_out_frames) | objective.baseline
+    if objective.imagine is not None:
+        with compute.autocast():
+            batch = inputs.read(held_out_frames[:NUM_IMAGINED_FRAMES])
+            numbers |= objective.imagine(*batch, output_dir / "images")
     write_json(
         output_dir / "metrics.json",
         {
@@ -113,10 +140,12 @@ def run(cfg: PretrainConfig) -> dict:
     )
     config = {
         "target": cfg.target,
-        "backbone": asdict(cfg.backbone),
+        # As built: a model of transformers then needs its folder no more.
+        "backbone": asdict(trunk.backbone.config),
         "text": asdict(cfg.text),
         "image_tokenizer": cfg.image_tokenizer,
         "image_size": cfg.image_size,
+        "future_frame": asdict(cfg.future_frame),
         **objective.config,
     }
     save_model(output_dir, objective.model.state_dict(), config)
@@ -124,18 +153,33 @@ def run(cfg: PretrainConfig) -> dict:
     return numbers
 
 
+def start_from(folder: str, cfg: PretrainConfig, model: nn.Module) -> None:
+    """Give the model the weights of another pretraining; ValueError where they are of another model."""
+    try:
+        model.load_state_dict(initial_state(folder, cfg.backbone, cfg.training.seed))
+    except RuntimeError as error:
+        raise ValueError(
+            f"init_from={folder} is of another model than these options describe; only the backbone may differ: {error}"
+        ) from None
+
+
 class Inputs:
     """Images and text ids (E, W) of the episodes, by frame, on the device."""
 
-    def __init__(self, store: FrameStore, ids_EW: Tensor, device: torch.device):
-        self.store, self.device, self.ids_EW = store, device, ids_EW
+    def __init__(self, store: FrameStore, ids_EW: Tensor, device: torch.device, future_N: np.ndarray | None = None):
+        self.store, self.device, self.ids_EW, self.future_N = store, device, ids_EW, future_N
         self.episode_of_frame = store.episode_of_frame()
 
     def read(
         self, frames: np.ndarray, shift_pixels: int = 0, generator: np.random.Generator | None = None
     ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Images (B, 3, S, S) in [0, 1], text ids (B, W) and the frame indices themselves."""
+        """Images (B, 3, S, S) in [0, 1], text ids (B, W) and the frame indices themselves.
+
+        Where there is a future frame, images are (B, 6, S, S): it comes behind, and is shifted with the present one.
+        """
         pixels = self.store.frames[frames]
+        if self.future_N is not None:
+            pixels = np.concatenate([pixels, self.store.frames[self.future_N[frames]]], axis=-1)
         if generator is not None:
             pixels = random_shift(pixels, shift_pixels, generator)
         ids_BW = self.ids_EW[self.episode_of_frame[frames]]
@@ -165,12 +209,20 @@ def latent_objective(
     if not cfg.ignore_gate:
         require_gate(labels.gate, cfg.labels)
     if labels.is_discrete:
-        return code_objective(labels, cfg.labels, trunk, in_training, device)
+        objective = code_objective(labels, cfg.labels, cfg.future_frame, trunk, in_training, device)
+        return with_future_frame(objective, labels, store, device) if cfg.future_frame.weight else objective
+    if cfg.future_frame.weight:
+        raise ValueError("future_frame.weight needs labels that are codes: label with a discrete codebook, or set it 0")
     return number_objective(labels, trunk, in_training, device)
 
 
 def code_objective(
-    labels: Labels, folder: str, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
+    labels: Labels,
+    folder: str,
+    future_frame: FutureFrame,
+    trunk: VisionLanguageTrunk,
+    in_training: np.ndarray,
+    device: torch.device,
 ) -> Objective:
     """Latent action tokens, by cross-entropy."""
     largest = int(labels.latent_action.max())
@@ -181,6 +233,8 @@ def code_objective(
         )
     latent_NL = torch.from_numpy(labels.latent_action).to(device)
     model = LatentActionModel(trunk, labels.num_codes, labels.codebook_size)
+    if future_frame.weight:
+        model = TransfusionModel(trunk, labels.num_codes, labels.codebook_size, future_frame)
 
     def sums(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
         target_BL = latent_NL[frames]
@@ -203,6 +257,65 @@ def code_objective(
         baseline=marginal_baseline(labels.latent_action[in_training & labels.is_valid], labels.codebook_size),
         config={"is_discrete": True, "num_codes": labels.num_codes, "codebook_size": labels.codebook_size},
     )
+
+
+def with_future_frame(objective: Objective, labels: Labels, store: FrameStore, device: torch.device) -> Objective:
+    """The same objective, and the frame that the quantizer saw beside each one is denoised after its latent action."""
+    model = objective.model
+    assert isinstance(model, TransfusionModel)
+    latent_NL = torch.from_numpy(labels.latent_action).to(device)
+    episodes = np.arange(store.num_episodes)
+    if store.episode_fps is None:
+        pairs = FramePairs(store, labels.frame_gap_frames, episodes)
+    else:
+        pairs = quantizer_pairs(store, labels.quantizer, episodes)
+    future_N = np.arange(store.num_frames)
+    future_N[pairs.first_frames] += pairs.gaps
+
+    def loss(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        return model.joint_loss(images_BCHW[:, :3], ids_BW, latent_NL[frames], images_BCHW[:, 3:])
+
+    def sums(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
+        present_BCHW, future_BCHW = images_BCHW[:, :3], images_BCHW[:, 3:]
+        # The same noise whenever it is asked for, so that the curve shows the model alone.
+        generator = torch.Generator().manual_seed(0)
+        _, numbers = model.joint_loss(present_BCHW, ids_BW, latent_NL[frames], future_BCHW, generator)
+        own = {"future_frame_loss": numbers["future_frame_loss"] * len(frames)}
+        return objective.evaluate(present_BCHW, ids_BW, frames) | own
+
+    def imagine(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray, folder: Path) -> dict[str, float]:
+        present_BCHW, future_BCHW = images_BCHW[:, :3], images_BCHW[:, 3:]
+        shown = {
+            "present": (model.shrink(present_BCHW) + 1) / 2,
+            "future": (model.shrink(future_BCHW) + 1) / 2,
+            "sampled after its latent action": model.imagine(present_BCHW, ids_BW, latent_NL[frames]),
+            "sampled after the model's own": model.imagine(present_BCHW, ids_BW, model.generate(present_BCHW, ids_BW)),
+        }
+        draw_frames({name: images[:NUM_PICTURED_FRAMES] for name, images in shown.items()}, folder)
+        copied, true, told, own = shown.values()
+        return {
+            f"future_frame_{name}_psnr_db": psnr_db(float((images - true).square().mean()))
+            for name, images in (("copy", copied), ("told", told), ("own", own))
+        }
+
+    return replace(objective, loss=loss, evaluate=sums, imagine=imagine, future_N=future_N)
+
+
+def draw_frames(rows: dict[str, Tensor], folder: Path) -> None:
+    """Write future_frames.png: a row of images (B, 3, S, S) in [0, 1] a name."""
+    from matplotlib.figure import Figure
+
+    columns = len(next(iter(rows.values())))
+    figure = Figure(figsize=(columns, 1.2 * len(rows)))
+    for row, (name, images_BCHW) in enumerate(rows.items()):
+        for column, image_CHW in enumerate(images_BCHW.cpu()):
+            axes = figure.add_subplot(len(rows), columns, row * columns + column + 1)
+            axes.imshow(image_CHW.permute(1, 2, 0).clamp(0, 1).numpy())
+            axes.axis("off")
+            if column == 0:
+                axes.set_title(name, fontsize=7, loc="left")
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "future_frames.png", dpi=110, bbox_inches="tight")
 
 
 def number_objective(

@@ -32,7 +32,13 @@ from lapa.schema import StudyConfig
 from lapa.trainer import read_log
 
 # The name in the configuration and the module that holds the study.
-STUDIES: dict[str, str] = {}
+STUDIES: dict[str, str] = {
+    "causal_experts": "lapa.studies.causal_experts",
+    "facts": "lapa.studies.facts",
+    "noisy_text": "lapa.studies.noisy_text",
+    "modalities": "lapa.studies.modalities",
+    "transfusion": "lapa.studies.transfusion",
+}
 
 # Student's 97.5% points by degrees of freedom; more seeds are taken as infinitely many.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

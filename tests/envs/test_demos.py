@@ -23,6 +23,7 @@ def config(folder, **changed):
         "num_blocks_max": 4,
         "variant": "default",
         "action_noise_m": 0.004,
+        "play": False,
         "video": True,
         "mp4": True,
         "num_workers": 1,
@@ -175,7 +176,7 @@ def test_two_workers_write_what_one_does(tmp_path):
 def test_unsolved_episodes_are_counted_and_left_out(tmp_path, monkeypatch):
     record = shards.record_episode
     monkeypatch.setattr(
-        shards, "record_episode", lambda env, seed, noise: None if seed == 1 else record(env, seed, noise)
+        shards, "record_episode", lambda env, seed, noise, play: None if seed == 1 else record(env, seed, noise, play)
     )
     results = demos.run(config(tmp_path, num_episodes=3, mp4=False))
     assert (results["num_episodes"], results["num_skipped"]) == (2, 1)

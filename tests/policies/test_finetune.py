@@ -85,6 +85,27 @@ def test_the_saved_policy_acts_as_the_instruction_says_in_units_of_the_data(tmp_
     assert torch.allclose(action, scale * torch.tensor([[-1.0, 0.5], [1.0, 0.5]]), atol=0.2)
 
 
+@pytest.mark.parametrize("action_head", ["diffusion", "flow"])
+def test_a_policy_that_samples_its_chunks_acts_as_the_instruction_says(tmp_path, demos, pretrained, action_head):
+    # A trunk pretrained on actions has a linear head, which is of no use here.
+    options = config(tmp_path, demos, num_steps=220, action_head=action_head, pretrained=str(pretrained / "action"))
+    options.pretrained_learning_rate_ratio = 1.0
+    finetune.run(options)
+    folder = tmp_path / "policy"
+    assert read_json(folder / "metrics.json")["kept_action_head"] is False
+    policy = LapaPolicy.from_pretrained(folder)
+    preprocessor, postprocessor = make_pre_post_processors(policy.config, pretrained_path=str(folder))
+    store = read_store(demos)
+    frames = to_float(store.frames[store.episode_offsets[:2] + 1])
+    batch = preprocessor({"observation.image": frames, "task": store.instructions[:2]})
+    action = postprocessor(policy.select_action(batch))
+    assert torch.allclose(action, torch.tensor([[-1.0, 0.5], [1.0, 0.5]]), atol=0.3)
+    policy.reset()
+    assert torch.equal(postprocessor(policy.select_action(batch)), action)
+    chunks = [policy.predict_action_chunk(batch, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(chunks[0], chunks[1]) and not torch.equal(chunks[0], chunks[2])
+
+
 def test_the_pretrained_trunk_is_where_finetuning_starts(tmp_path, demos, pretrained):
     still = training(1)
     still.learning_rate = 0.0

@@ -20,13 +20,54 @@ from lapa.backbones.base import (
     attention_mask,
     build_backbone,
 )
-from lapa.schema import Backbone, DenseBackbone
+from lapa.schema import (
+    Backbone,
+    DenseBackbone,
+    HuggingFaceBackbone,
+    MemoryBackbone,
+    MoMaBackbone,
+    MoTBackbone,
+    MoTMemoryBackbone,
+)
 
 MODALITIES = [TEXT, TEXT, TEXT, IMAGE, IMAGE, IMAGE, IMAGE, LATENT_ACTION, LATENT_ACTION, ROBOT_ACTION]
 SMALL = {
     "dense": DenseBackbone(width=32, num_layers=2, num_heads=4),
     "dense-rotary-grouped": DenseBackbone(
         width=32, num_layers=2, num_heads=4, num_key_value_heads=2, rotary_theta=1e4, query_key_norm=False
+    ),
+    "mot": MoTBackbone(width=32, num_layers=2, num_heads=4),
+    "mot-post-rotary-narrow": MoTBackbone(
+        width=32, num_layers=2, num_heads=4, norm_placement="post", rotary_theta=1e4, merged=[], action_width=16
+    ),
+    "mot-feed-forward": MoTBackbone(width=32, num_layers=2, num_heads=4, untie=["feed_forward"]),
+    "memory": MemoryBackbone(width=32, num_layers=2, num_heads=4, num_half_keys=8, num_best_slots=4, key_width=16),
+    "memory-plain": MemoryBackbone(
+        width=32, num_layers=3, num_heads=4, memory_layers=[0, 2], memory_gate=False, memory_query_key_norm=False
+    ),
+    "mot-memory": MoTMemoryBackbone(width=32, num_layers=2, num_heads=4, num_half_keys=8, key_width=16),
+    "huggingface": HuggingFaceBackbone(
+        mask="block_causal",
+        model_config={
+            "model_type": "llama",
+            "vocab_size": 8,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "moma": MoMaBackbone(width=32, num_layers=2, num_heads=4, num_experts=[3, 4, 2]),
+    "moma-mixed-depths": MoMaBackbone(
+        width=32,
+        num_layers=2,
+        num_heads=4,
+        groups=[["text", "image", "latent_action", "proprioception", "robot_action"]],
+        num_experts=[3],
+        router_noise=1.0,
+        depth_capacity=0.5,
+        rotary_theta=1e4,
     ),
 }
 every_backbone = pytest.mark.parametrize("name", SMALL)
@@ -144,7 +185,8 @@ def test_recomputed_activations_give_the_same_gradients(name):
 
 @every_backbone
 def test_flops_are_those_that_a_profiler_counts(name):
-    model = build(name).eval()
+    # Where experts choose tokens, capacities fix the load in training; afterwards it depends on what the tokens are.
+    model = build(name).train(isinstance(SMALL[name], MoMaBackbone))
     tokens_BSD, layout = inputs(batch=1)
     # The fused attention of the CPU is not in the profiler's list; its plain form is.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

@@ -1,12 +1,16 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lapa.checkpoint import read_json, write_json, write_tensors
+from lapa.data import read_store
 from lapa.latent_vla import pretrain
-from lapa.schema import DenseBackbone, PretrainConfig, Runtime, Training, WordText
+from lapa.latent_vla.model import VisionLanguageTrunk
+from lapa.quantizer.label import load_labels
+from lapa.schema import DenseBackbone, FutureFrame, PretrainConfig, Runtime, Training, WordText
 from tests.lapa.latent_vla.conftest import write_labels, write_store
 
 BACKBONE = DenseBackbone(width=32, num_layers=1, num_heads=2)
@@ -42,6 +46,43 @@ def test_latent_pretraining_learns_the_token_that_the_instruction_decides(tmp_pa
     assert (saved["target"], saved["num_codes"], saved["codebook_size"]) == ("latent", 2, 3)
     assert not (folder / "checkpoint").exists()
     assert "held_out_token_accuracy" in (folder / "log.jsonl").read_text()
+
+
+def test_pretraining_denoises_the_future_frame_too(tmp_path, toy_store, toy_labels):
+    frame = FutureFrame(weight=1.0, image_size=8, patch_size=2, num_sampling_steps=8)
+    numbers = pretrain.run(config(tmp_path, toy_store, toy_labels, future_frame=frame))
+    assert numbers["token_0_accuracy"] == 1.0
+    assert numbers["future_frame_loss"] < 0.5
+    assert numbers["future_frame_told_psnr_db"] > 10
+    folder = tmp_path / "pretrained"
+    assert (folder / "images" / "future_frames.png").stat().st_size > 1000
+    assert read_json(folder / "config.json")["future_frame"]["patch_size"] == 2
+    assert "held_out_future_frame_loss" in (folder / "log.jsonl").read_text()
+
+
+def test_the_future_frame_is_the_quantizers_and_shifted_with_the_present_one(tmp_path, toy_store, toy_labels):
+    store = read_store(toy_store)
+    labels = load_labels(toy_labels, store)
+    cfg = config(tmp_path, toy_store, toy_labels, future_frame=FutureFrame(weight=1.0, image_size=8, patch_size=2))
+    trunk = VisionLanguageTrunk(cfg.backbone, cfg.text, cfg.image_tokenizer, cfg.image_size)
+    everywhere = np.ones(store.num_frames, bool)
+    objective = pretrain.latent_objective(cfg, store, trunk, everywhere, torch.device("cpu"))
+    frames = np.flatnonzero(labels.is_valid)
+    assert np.array_equal(objective.future_N[frames], frames + labels.frame_gap_frames)
+    inputs = pretrain.Inputs(store, trunk.encode_text(store.instructions), torch.device("cpu"), objective.future_N)
+    images, _, _ = inputs.read(frames, 1, np.random.default_rng(0))
+    assert images.shape[1] == 6
+    # The square moves along its row, one pixel a step: two frames later it stands two columns further, however both
+    # are shifted.
+    columns = [(part[:, 0] > 0.5).any(1).float().argmax(1) for part in images.split(3, dim=1)]
+    rows = [(part[:, 0] > 0.5).any(2).float().argmax(1) for part in images.split(3, dim=1)]
+    assert torch.equal((columns[1] - columns[0]).abs(), torch.full((len(frames),), 2))
+    assert torch.equal(rows[0], rows[1])
+
+
+def test_a_future_frame_without_codes_before_it_is_refused(tmp_path, toy_store):
+    with pytest.raises(ValueError, match=r"future_frame.weight needs target=latent"):
+        pretrain.run(config(tmp_path, toy_store, target="action", future_frame=FutureFrame(weight=5.0)))
 
 
 def test_action_pretraining_learns_and_saves_its_statistics(tmp_path, toy_store):
