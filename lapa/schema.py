@@ -989,11 +989,11 @@ class TransfusionStudy(Study):
     num_heads: int = 4
     unet_channels: int = 16
     codebook_size: int = 256  # patches (arm vq_frames)
-    num_steps: int = 450  # of the first arm; the others have as many as the same operations allow
+    num_steps: int = 400  # of the first arm; the others have as many as the same operations allow
     batch_size: int = 64
     learning_rate: float = 3e-3
     num_sampling_steps: int = 20
-    num_eval_clips: int = 512
+    num_eval_clips: int = 400
 
 
 @dataclass

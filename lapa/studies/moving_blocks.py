@@ -18,7 +18,7 @@ COLUMNS = ("far left", "left", "right", "far right")
 WORDS = (*COLOURS, *COLUMNS)
 NUM_WORDS = 2  # of an instruction
 SIDE = 0.25  # of a block, as a share of the picture's
-MARGIN = 0.02  # between a block and the border, or another block, likewise
+MARGIN = 0.03  # between a block and the border, or another block, likewise
 PLACES_X = tuple(SIDE / 2 + MARGIN + column / 3 * (1 - SIDE - 2 * MARGIN) for column in range(len(COLUMNS)))
 PLACES_Y = (0.3, 0.7)
 JITTER = 0.03  # largest distance from a place along each axis
@@ -88,8 +88,8 @@ def frame_errors(frames_BCHW: Tensor, clips: Clips) -> dict[str, float]:
     """How far frames in [-1, 1] are from the nearest of the right futures.
 
     squared_error: of pixels in [0, 1]. position_error_px: of the moved block, a block that is not there being in the
-    middle of the picture. right_share: of frames with that below a quarter of a block's side. lower_share: of frames whose block is nearer
-    the lower of its places, 0.5 in the data.
+    middle of the picture. right_share: of frames with that below a quarter of a block's side. lower_share: of frames
+    whose block is nearer the lower of its places, 0.5 in the data.
     """
     squared_BO = (frames_BCHW[:, None] - clips.outcomes_BOCHW).square().mean((2, 3, 4)) / 4
     rows = torch.arange(len(frames_BCHW))
