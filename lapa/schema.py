@@ -680,7 +680,7 @@ class FutureFrame:
     predicts: str = "data"  # data (the clean frame: few steps suffice) | papers (the noise; of flow the velocity)
     image_size: int = 32  # pixels that the frame is resized to, to be denoised
     patches: str = "linear"  # linear (one matrix) | unet (convolutions and skip connections around the trunk)
-    patch_size: int = 4  # pixels of the side of a token's patch
+    patch_size: int = 8  # pixels of the side of a token's patch
     unet_channels: int = 32  # of the convolutions, a multiple of 8 (patches=unet)
     frame_first_share: float = 0.2  # of the samples: the frame comes first, the latent action is read from it
     frame_first_max_noise: float = 0.5  # of the time from data to noise, in those samples; 1: no cap
@@ -982,14 +982,14 @@ class TransfusionStudy(Study):
     """Frames by diffusion or by discrete tokens, in one transformer with the instruction: moving blocks."""
 
     name: str = "transfusion"
-    image_size: int = 12
+    image_size: int = 8
     patch_size: int = 4  # pixels, of denoised patches and of coded ones
     width: int = 64
     num_layers: int = 2
     num_heads: int = 4
     unet_channels: int = 16
-    codebook_size: int = 256  # patches (arm vq_frames)
-    num_steps: int = 400  # of the first arm; the others have as many as the same operations allow
+    codebook_size: int = 512  # patches (arm vq_frames)
+    num_steps: int = 500  # of the first arm; the others have as many as the same operations allow
     batch_size: int = 64
     learning_rate: float = 3e-3
     num_sampling_steps: int = 20

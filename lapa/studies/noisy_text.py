@@ -45,8 +45,12 @@ from lapa.trainer import finish, fit
 
 COLUMNS = ["noisy", "clean", *NOISES, "mflops", "parameters", "tokens", "tokens_noisy", "train_cpu_s", "wall_time_s"]
 NOTES = """
-Share of slots that are right on held-out combinations; `noisy` is the mean over the six noises, 95% intervals over
-seeds. mflops: of one clean instruction, forward, the byte model that finds patches counted in.
+Share of slots that are right on held-out combinations, a tenth of the instructions in capitals; `noisy` is the mean
+over the six noises. All arms have the same steps, batches and learning rate; what a table shows of robustness is at
+that budget, and plain bytes learn slowest. mflops: of one clean instruction, forward, the byte model that finds
+patches counted in; arms have those of `bytes` of the same seed, but bytes_wide, which has the parameters of
+blt_entropy. Compare blt_entropy with blt_no_ngrams for what hashed n-grams cost under noise, and tokens with
+tokens_noisy for patches that shrink where the byte model is surprised. words reads small letters only.
 """
 
 # Long enough for capitals with spaces between, which no arm shall be cut off in.

@@ -65,8 +65,8 @@ COLUMNS = [
 ]
 NOTES = """
 `lapa study study=transfusion`. Of two blocks the named one moves to the named column, to its upper or its lower place
-at a coin's toss; frames of 12 px, blocks of 3. position_error_px and psnr_db are of a sampled future frame of held-out
-clips, to the nearest of the two right ones; right_share is the share within 0.75 pixels, lower_share that of the lower
+at a coin's toss; frames of 8 px, blocks of 2. position_error_px and psnr_db are of a sampled future frame of held-out
+clips, to the nearest of the two right ones; right_share is the share within half a pixel, lower_share that of the lower
 outcome (0.5 in the data). instruction_accuracy: colour and column both right, read from the two true frames; guessing
 gives 1/12. Intervals are Student's over seeds. All arms spend the same floating-point operations in training
 (training_gigaflops, forward passes alone); sampling_megaflops is one future frame. A regression that hedges between two

@@ -14,7 +14,7 @@ def test_patches_and_images_are_inverse_and_row_by_row():
 
 @pytest.mark.parametrize("name", ["linear", "unet"])
 def test_tokens_and_frames_have_their_shapes_and_every_weight_a_gradient(name):
-    patches = build_patches(FutureFrame(patches=name, image_size=16), 64, in_channels=6)
+    patches = build_patches(FutureFrame(patches=name, image_size=16, patch_size=4), 64, in_channels=6)
     # The convolutions of a residual branch begin at zero, and what is before them gets its gradient one step later.
     for name_, weight in patches.named_parameters():
         if name_.endswith("second.weight"):
@@ -28,14 +28,16 @@ def test_tokens_and_frames_have_their_shapes_and_every_weight_a_gradient(name):
 
 
 def test_the_time_is_added_to_each_patch_vector():
-    patches = build_patches(FutureFrame(image_size=8), 64)
+    patches = build_patches(FutureFrame(image_size=8, patch_size=4), 64)
     image, time_BD = torch.randn(1, 3, 8, 8), torch.randn(1, 64)
     with_time, without = patches.embed(image, time_BD)[0], patches.embed(image, torch.zeros(1, 64))[0]
     torch.testing.assert_close(with_time - without, time_BD[:, None].expand(1, 4, 64))
 
 
 def test_equal_patches_at_different_places_differ():
-    tokens, _ = build_patches(FutureFrame(image_size=8), 64).embed(torch.zeros(1, 3, 8, 8), torch.zeros(1, 64))
+    tokens, _ = build_patches(FutureFrame(image_size=8, patch_size=4), 64).embed(
+        torch.zeros(1, 3, 8, 8), torch.zeros(1, 64)
+    )
     assert torch.pdist(tokens[0]).min() > 0.1
 
 

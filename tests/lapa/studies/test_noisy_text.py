@@ -118,7 +118,7 @@ def test_byte_pairs_merge_what_is_common_and_know_every_byte():
 
 
 def test_arms_cost_as_much_as_plain_bytes_and_the_wide_one_has_as_many_parameters(tmp_path):
-    options = small(width=32, num_layers=2)
+    options = small(width=32, num_layers=2, num_test=8)
     compute = setup(RUNTIME)
     found = {
         name: noisy_text.run_arm(options, name, 0, tmp_path / name, compute)
