@@ -62,7 +62,7 @@ def run_locked(verb: str, config, output_dir: Path) -> dict:
         record = read_json(record_path)
         refuse_other_stage(verb, output_dir, record)
         if not STAGES[verb].repeats:
-            refuse_other_options(output_dir, record, options)
+            refuse_other_options(output_dir, record, config)
             refuse_other_inputs(output_dir, record, options)
             if record["status"] == "complete":
                 print(f"{verb}: {output_dir} is complete")
@@ -115,18 +115,36 @@ def refuse_other_stage(verb: str, output_dir: Path, record: dict) -> None:
         raise ValueError(f"{output_dir} holds the output of `lapa {record['stage']}`: choose another output_dir")
 
 
-def refuse_other_options(output_dir: Path, record: dict, options: dict) -> None:
+def refuse_other_options(output_dir: Path, record: dict, config) -> None:
     before = flatten(record["options"])
+    # A folder made before an option existed was made with its default.
+    unchanged = NOT_COMPARED | new_options_at_default(config, before)
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
-        for name, value in flatten(options).items()
-        if name.rsplit(".", 1)[-1] not in NOT_COMPARED and before.get(name) != value
+        for name, value in flatten(dataclasses.asdict(config)).items()
+        if not {name, name.rsplit(".", 1)[-1]} & unchanged and before.get(name) != value
     ]
     if changed:
         raise ValueError(
             f"{output_dir} was begun with other options ({'; '.join(changed)}): "
             "choose another output_dir, or delete the folder to start anew"
         )
+
+
+def new_options_at_default(config, before: dict, prefix: str = "") -> set[str]:
+    """Names of the options that `before` does not have and that are at their defaults."""
+    names: set[str] = set()
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if dataclasses.is_dataclass(value) and any(known.startswith(f"{name}.") for known in before):
+            names |= new_options_at_default(value, before, f"{name}.")
+        elif name not in before and value == default:
+            nested = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else None
+            names |= set(flatten(nested, f"{name}.")) if nested is not None else {name}
+    return names
 
 
 def refuse_other_inputs(output_dir: Path, record: dict, options: dict) -> None:

@@ -1,6 +1,6 @@
 import json
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from filelock import FileLock
@@ -9,11 +9,17 @@ from lapa import cli, stage
 
 
 @dataclass
+class Nested:
+    depth: int = 3
+
+
+@dataclass
 class Options:
     output_dir: str
     amount: int = 1
     num_workers: int = 2
     data: str = ""
+    nested: Nested = field(default_factory=Nested)
 
 
 @pytest.fixture
@@ -59,6 +65,19 @@ def test_other_options_in_the_same_folder_are_refused_by_name(tmp_path, calls):
     stage.run_stage("toy", Options(str(tmp_path), amount=1))
     with pytest.raises(ValueError, match=r"amount was 1, is 2.*choose another output_dir"):
         stage.run_stage("toy", Options(str(tmp_path), amount=2))
+
+
+@pytest.mark.parametrize("forgotten", ["amount", "nested"])
+def test_a_folder_older_than_an_option_was_made_with_its_default(tmp_path, calls, forgotten):
+    stage.run_stage("toy", Options(str(tmp_path)))
+    record = json.loads((tmp_path / "stage.json").read_text())
+    del record["options"][forgotten]
+    (tmp_path / "stage.json").write_text(json.dumps(record))
+    stage.run_stage("toy", Options(str(tmp_path)))
+    assert calls == [1]
+    other = {"amount": 2} if forgotten == "amount" else {"nested": Nested(4)}
+    with pytest.raises(ValueError, match="was None"):
+        stage.run_stage("toy", Options(str(tmp_path), **other))
 
 
 def test_number_of_workers_may_change_between_calls(tmp_path, calls):
