@@ -142,8 +142,7 @@ def new_options_at_default(config, before: dict, prefix: str = "") -> set[str]:
         if dataclasses.is_dataclass(value) and any(known.startswith(f"{name}.") for known in before):
             names |= new_options_at_default(value, before, f"{name}.")
         elif name not in before and value == default:
-            nested = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else None
-            names |= set(flatten(nested, f"{name}.")) if nested is not None else {name}
+            names |= set(flatten({field.name: dataclasses.asdict(config)[field.name]}, prefix))
     return names
 
 
