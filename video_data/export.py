@@ -10,6 +10,7 @@ on with those that are missing.
 
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def export_lerobot(root: Path, output: Path, keyframe_interval: int, runner: str
             progress.update(done)
     write_text(record, json.dumps(written))
     write_dataset(folder, lambda: _episodes(output, shards), _pixel_samples(output), target.fps)
-    shutil.rmtree(shards)
+    shutil.rmtree(shards, ignore_errors=True)
     return folder
 
 
@@ -139,13 +140,19 @@ def write_shard(folder: str, root: str, output: str, offset: int, count: int, ta
 
     output: the frame store; offset: byte of its manifest at which the rows of the clips begin.
     """
-    partial = Path(f"{folder}.partial")
+    # Of this process alone: the worker of a killed run may still be at work on the same shard.
+    partial = Path(f"{folder}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     with ShardWriter(partial, target) as writer:
         clips = [writer.add(row, Path(root)) for row in _kept(Path(output), offset, count)]
     (partial / "clips.json").write_text(json.dumps(clips), encoding="utf-8")
-    partial.replace(folder)
+    try:
+        partial.replace(folder)
+    except OSError:
+        if not Path(folder).is_dir():
+            raise
+        shutil.rmtree(partial)
     return len(clips)
 
 

@@ -288,7 +288,7 @@ def read_manifest(folder: Path, offset: int = 0) -> Iterator[dict]:
 def clear_parts(folder: Path) -> None:
     """Remove the part files that a killed run left."""
     for leftover in folder.glob(".parts-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

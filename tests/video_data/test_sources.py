@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 
 import av
 import numpy as np
@@ -144,7 +145,7 @@ def test_what_is_no_unicode_never_reaches_the_manifest(tmp_path):
     members = {"a.mp4": video, "a.json": json.dumps(stated).encode(), "b\udce9.mp4": video}
     layouts.write_tar(tmp_path / "tars" / "0.tar", members)
     requests, rejected = listed(tmp_path / "tars")
-    for text in [value for r in requests for value in vars(r).values() if isinstance(value, str)] + [*rejected]:
+    for text in [value for r in requests for value in asdict(r).values() if isinstance(value, str)] + [*rejected]:
         text.encode()
     assert requests[0].licence == "\U0001f600" and "�" in requests[0].caption
     assert rejected == {"0.tar/b\\udce9": "its name is not UTF-8: rename it"}
