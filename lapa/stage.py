@@ -118,11 +118,11 @@ def refuse_other_stage(verb: str, output_dir: Path, record: dict) -> None:
 def refuse_other_options(output_dir: Path, record: dict, config) -> None:
     before = flatten(record["options"])
     # A folder made before an option existed was made with its default.
-    unchanged = NOT_COMPARED | new_options_at_default(config, before)
+    new = new_options_at_default(config, before)
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
         for name, value in flatten(dataclasses.asdict(config)).items()
-        if not {name, name.rsplit(".", 1)[-1]} & unchanged and before.get(name) != value
+        if name not in new and name.rsplit(".", 1)[-1] not in NOT_COMPARED and before.get(name) != value
     ]
     if changed:
         raise ValueError(

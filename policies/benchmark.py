@@ -1,11 +1,11 @@
 """How long a policy takes for a chunk of actions, beside LeRobot's own, with random weights and equal images.
 
-    python -m policies.benchmark                              the tabletop policy, ACT, diffusion
+    python -m policies.benchmark                              the tabletop policy, ACT
     python -m policies.benchmark --policy path/to/folder      a saved policy in place of the first
 
 All policies take turns in one process, one chunk each a round, so that what else the machine does meets all of them
-alike. A chunk is preprocessing, the network and postprocessing, for one observation. ACT and diffusion have LeRobot's
-default sizes. A policy whose extra is not installed is left out, with the command that installs it.
+alike. A chunk is preprocessing, the network and postprocessing, for one observation. ACT has LeRobot's default size. A
+policy whose extra is not installed is left out, with the command that installs it.
 """
 
 import argparse
@@ -64,7 +64,6 @@ def random_policy(name: str, image_size: int, options: dict[str, Any], folder: P
 # Options that keep a policy from downloading weights, and the extra it needs.
 LEROBOT_POLICIES: dict[str, tuple[dict[str, Any], str]] = {
     "act": ({"pretrained_backbone_weights": None}, "lerobot"),
-    "diffusion": ({"pretrained_backbone_weights": None, "n_obs_steps": 1}, "lerobot[diffusion]"),
 }
 
 

@@ -1,17 +1,20 @@
 """The robot's side of `lapa serve`: numpy, msgpack and websockets, no torch.
 
     with PolicyClient("192.168.1.5", 8000, token=os.environ["LAPA_SERVE_TOKEN"]) as client:
-        safety = SafetyLayer(client.limits)
+        safety = SafetyLayer(SafetyLimits(action_low=..., action_high=..., control_hz=10))
         with Watchdog(safety, lambda reason: robot.hold()):
             while True:
                 captured_at_s = time.monotonic()
                 observation = read_robot()
                 safety.check_observation(observation, captured_at_s)
                 for action in client.actions(observation, "put the cup on the plate")[:4]:
+                    safety.check_observation({}, captured_at_s)  # is what the chunk was made from still fresh?
                     robot.send(safety.bound(action))
+                    time.sleep(0.1)
 
-A request that fails is not repeated: the robot has moved on meanwhile. `SafetyStop` and `ConnectionError` end the loop,
-and what is outside of it holds the robot.
+A request that fails is not repeated: the robot has moved on meanwhile. `SafetyStop` and `ConnectionError` end the
+loop, and the watchdog's block then holds the robot. The robot's limits are its own; `client.limits` are what the server
+bounds by, to compare.
 """
 
 from collections.abc import Mapping
@@ -19,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.serving.protocol import INSTALL, PROTOCOL, VERSION, pack, unpack
+from policies.serving.protocol import INSTALL, PROTOCOL, VERSION, ProtocolError, pack, unpack
 from policies.serving.safety import SafetyLimits
 
 
@@ -83,9 +86,16 @@ class PolicyClient:
         """
         try:
             self._connection.send(pack({**observation, "task": task}))
-        except self._failures as error:
-            raise ConnectionError(f"the policy server is gone: {error}") from None
-        return self._receive()["actions"]
+            return np.asarray(self._receive()["actions"])
+        except ConnectionError:
+            raise
+        except (*self._failures, KeyError, ProtocolError) as error:
+            self.close()
+            raise ConnectionError(f"the policy server is gone, or sent what is no answer: {error}") from None
+        except BaseException:
+            # An answer that comes later must not be taken for the next one.
+            self.close()
+            raise
 
     def _receive(self) -> dict[str, Any]:
         try:

@@ -66,7 +66,7 @@ def build_server(policy: str | Path, nearness: float = 0.0, **options: Any):
         raise ImportError(f"LeRobot's async server needs its extra: pip install 'lerobot[async]' ({error})") from None
     from lerobot.utils.import_utils import register_third_party_plugins
 
-    from policies.serving.served_policy import policy_type
+    from policies.serving.served_policy import policy_type, refuse_foreign_code
 
     options = {"host": "127.0.0.1"} | options
     if not is_loopback(options["host"]):
@@ -75,6 +75,7 @@ def build_server(policy: str | Path, nearness: float = 0.0, **options: Any):
             "use 127.0.0.1 with an SSH tunnel, or `lapa serve`"
         )
     served_path, served_type = str(Path(policy).expanduser()), policy_type(policy)
+    refuse_foreign_code(Path(served_path))
     register_third_party_plugins()
     if served_type not in policy_server.SUPPORTED_POLICIES:
         policy_server.SUPPORTED_POLICIES.append(served_type)

@@ -10,6 +10,7 @@ An array is the map {"__ndarray__": true, "data": bytes, "dtype": "<f4", "shape"
 are from a short list, and every size is checked before memory is taken. numpy and msgpack alone: no torch.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ PROTOCOL, VERSION = "lapa-policy", 1
 DTYPES = {"|u1", "|i1", "|b1", "<i2", "<i4", "<i8", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8"}
 MAX_DIMENSIONS = 6
 MAX_ENTRIES = 64  # keys of a message, and lengths of the lists in it that are no arrays
+MAX_CONTAINERS = 256  # maps and lists in a message, arrays included
 MAX_TEXT = 4096  # characters of an instruction
 INSTALL = "server and client need msgpack, aiohttp and websockets: pip install 'lerobot_policy_lapa[serve]'"
 
@@ -37,10 +39,19 @@ def pack(message: Any) -> bytes:
 
 def unpack(data: bytes) -> Any:
     """A message from msgpack; ProtocolError for anything that is not one."""
+    count = itertools.count(1)
+
+    def counted(decoded: Any) -> Any:
+        # Limits hold for each container; without this one, containers within containers would have none.
+        if next(count) > MAX_CONTAINERS:
+            raise ProtocolError("malformed", f"a message of more than {MAX_CONTAINERS} maps and lists")
+        return decoded
+
     try:
         return _msgpack().unpackb(
             data,
-            object_hook=_decode,
+            object_hook=lambda entries: _decode(counted(entries)),
+            list_hook=counted,
             raw=False,
             strict_map_key=True,
             max_array_len=MAX_ENTRIES,

@@ -8,6 +8,7 @@ disconnects the robot, which releases or holds its motors as its own driver does
 """
 
 import logging
+import threading
 import time
 from typing import Any
 
@@ -19,6 +20,8 @@ from policies.serving.config_safe_robot import SafeRobotConfig
 from policies.serving.safety import SafetyLayer, SafetyLimits, Watchdog
 
 log = logging.getLogger(__name__)
+
+HOLD_TIMEOUT_S = 0.5  # for a command under way when the robot is to stop
 
 
 class SafeRobot(Robot):
@@ -49,7 +52,18 @@ class SafeRobot(Robot):
                 f"action_low has {len(config.action_low)} numbers, {self.robot.name} takes {len(self.action_names)}: "
                 f"{self.action_names}"
             )
+        if (
+            config.max_rate
+            and not config.relative
+            and not set(self.action_names) <= set(self.robot.observation_features)
+        ):
+            raise ValueError(
+                f"max_rate of absolute actions is counted from where the robot is, and {self.robot.name} does not observe "
+                f"all of {self.action_names}: set relative=true if its actions are changes, or leave max_rate out"
+            )
         self._watchdog: Watchdog | None = None
+        # A command must not overtake the watchdog's stop, nor both use the robot at once.
+        self._in_use = threading.Lock()
         self._captured_at_s: float | None = None
 
     @property
@@ -75,16 +89,20 @@ class SafeRobot(Robot):
     def connect(self, calibrate: bool = True) -> None:
         self.robot.connect(calibrate)
         self.safety.reset()
+        seen = self.robot.get_observation()
+        if set(self.action_names) <= set(seen):
+            self.safety.reset(np.array([float(seen[name]) for name in self.action_names]))
         self._captured_at_s = None
         self._watchdog = Watchdog(self.safety, self._hold)
         self._watchdog.__enter__()
 
     def disconnect(self) -> None:
         if self._watchdog is not None:
-            self._watchdog.__exit__()
+            self._watchdog.__exit__(None, None, None)
             self._watchdog = None
-        if self.robot.is_connected:
-            self.robot.disconnect()
+        with self._in_use:
+            if self.robot.is_connected:
+                self.robot.disconnect()
 
     def calibrate(self) -> None:
         self.robot.calibrate()
@@ -94,23 +112,32 @@ class SafeRobot(Robot):
 
     def get_observation(self) -> dict[str, Any]:
         captured_at_s = time.monotonic()
-        observation = self.robot.get_observation()
+        with self._in_use:
+            observation = self.robot.get_observation()
         self.safety.check_observation(observation, captured_at_s)
         self._captured_at_s = captured_at_s
         return observation
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
         """The bounded action, as it was sent; SafetyStop where it must not act, as on what was seen too long ago."""
-        if self._captured_at_s is not None:
-            self.safety.check_observation({}, self._captured_at_s)
+        if self._captured_at_s is None:
+            raise self.safety.stop("nothing was observed before the action")
+        self.safety.check_observation({}, self._captured_at_s)
         missing = [name for name in self.action_names if name not in action]
         if missing:
             raise self.safety.stop(f"the action lacks {missing}")
-        command = self.safety.bound(np.array([float(action[name]) for name in self.action_names]))
-        return self.robot.send_action(dict(zip(self.action_names, command.tolist(), strict=True)))
+        with self._in_use:
+            command = self.safety.bound(np.array([float(action[name]) for name in self.action_names]))
+            return self.robot.send_action(dict(zip(self.action_names, command.tolist(), strict=True)))
 
     def _hold(self, reason: str) -> None:
         """The watchdog's thread: let go of the robot, since nobody else will."""
         log.error("safety stop: %s", reason)
-        if self.robot.is_connected:
-            self.robot.disconnect()
+        # A driver that hangs holds the lock for ever; stopping then goes before order.
+        taken = self._in_use.acquire(timeout=HOLD_TIMEOUT_S)
+        try:
+            if self.robot.is_connected:
+                self.robot.disconnect()
+        finally:
+            if taken:
+                self._in_use.release()

@@ -11,6 +11,7 @@ runs on the robot's own computer. Units are those of the robot's actions (metres
 Shapes: A action dimensions.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 
 class SafetyStop(RuntimeError):
@@ -177,8 +180,10 @@ class SafetyLayer:
     def _slowed(self, action: np.ndarray) -> np.ndarray:
         if not self.limits.max_rate:
             return action
-        # A command that is late may not move the robot further: the time counted is never more than one period.
-        step = np.asarray(self.limits.max_rate, float) / self.limits.control_hz
+        # A command that is late may not move the robot further, and one that is early must move it less.
+        period_s = 1 / self.limits.control_hz
+        elapsed_s = period_s if self._last_time is None else min(period_s, self.clock() - self._last_time)
+        step = np.asarray(self.limits.max_rate, float) * max(0.0, elapsed_s)
         if self.limits.relative:
             return np.clip(action, -step, step)
         if self._last is None:
@@ -187,14 +192,17 @@ class SafetyLayer:
 
 
 class Watchdog:
-    """A thread that calls `on_stop(reason)` once, as soon as the safety layer is stopped or silent for too long.
+    """Calls `on_stop(reason)` once: where the safety layer is stopped or silent for too long, or its block fails.
 
-    It is what stops a robot whose policy hangs: the loop that asks for actions would hang with it.
+    A thread of its own does that, which stops a robot whose policy hangs: the loop that asks for actions would hang
+    with it. `on_stop` is called again until it returns without an exception.
     """
 
     def __init__(self, safety: SafetyLayer, on_stop: Callable[[str], None], every_s: float = 0.02):
         self.safety, self.on_stop, self.every_s = safety, on_stop, every_s
         self._finished = threading.Event()
+        self._told = False
+        self._telling = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def _watch(self) -> None:
@@ -202,13 +210,26 @@ class Watchdog:
             try:
                 self.safety.require_fresh()
             except SafetyStop as stop:
-                self.on_stop(stop.reason)
-                return
+                if self._tell(stop.reason):
+                    return
+
+    def _tell(self, reason: str) -> bool:
+        with self._telling:
+            if not self._told:
+                try:
+                    self.on_stop(reason)
+                except Exception:
+                    log.exception("stopping the robot failed; trying again")
+                    return False
+                self._told = True
+            return True
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self._finished.set()
         self._thread.join()
+        if error is not None or self.safety.stopped is not None:
+            self._tell(self.safety.stopped or f"the loop ended with {error!r}")

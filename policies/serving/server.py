@@ -13,6 +13,7 @@ limits before they leave, and the robot should bound them again (client.py).
 """
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -40,6 +41,7 @@ MSGPACK, JSON = "application/msgpack", "application/json"
 OPEN_PATHS = {"/healthz"}
 MAX_CLIENTS_REMEMBERED = 1024
 LATENCIES_KEPT = 1000
+MAX_JSON_BYTES = 4_000_000  # its decoding blocks the server, and makes an object of every number
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -174,6 +176,7 @@ class PolicyServer:
         self.metrics = Metrics()
         self.rate_limit = RateLimit(cfg.max_requests_per_s)
         self.num_waiting = 0
+        self.num_open = 0  # WebSockets, and bodies that are being read
         self.inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
         self.sockets: set[web.WebSocketResponse] = set()
         self.max_bytes = int(cfg.max_request_mb * 1e6)
@@ -209,6 +212,8 @@ class PolicyServer:
         """Token, rate, and no requests by web pages; every outcome is counted."""
         try:
             refusal = self.refusal(request)
+            if refusal is None and request.path not in OPEN_PATHS and not self.rate_limit.allows(request.remote or ""):
+                refusal = 429, "rate", f"more than {self.cfg.max_requests_per_s:g} requests a second"
             if refusal is not None:
                 status, code, message = refusal
                 self.metrics.count(code)
@@ -220,23 +225,25 @@ class PolicyServer:
         except web.HTTPException as error:
             self.metrics.count(f"http_{error.status}")
             return error_response(error.status, "http", error.reason)
+        except Exception:
+            log.exception("a request failed")
+            self.metrics.count("internal")
+            return error_response(500, "internal", "the server failed; its log says how")
 
     def refusal(self, request: web.Request) -> tuple[int, str, str] | None:
         """Status, code and message where the request may not pass."""
-        if not self.rate_limit.allows(request.remote or ""):
-            return 429, "rate", f"more than {self.cfg.max_requests_per_s:g} requests a second"
         if request.path in OPEN_PATHS:
             return None
         # A page in a browser on this machine could reach the loopback address; a robot's client sends no Origin.
         if "Origin" in request.headers:
             return 403, "origin", "requests of web pages are refused"
         if self.token is None:
-            if not is_loopback(request.url.host or ""):
+            if not is_loopback(host_of(request)):
                 return 403, "host", "without a token only requests to this machine's own name are answered"
             return None
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         known = scheme.lower() in ("bearer", "api-key")
-        if not known or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
+        if not known or not hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self.token.encode()):
             return 401, "token", "the header `Authorization: Bearer <token>` is missing or wrong"
         return None
 
@@ -266,18 +273,30 @@ class PolicyServer:
 
     def bound(self, actions_TA: np.ndarray) -> np.ndarray:
         """The chunk within the embodiment's limits; a chunk begins anywhere, so its first action is not slowed."""
-        safety = SafetyLayer(self.limits)
+        now_s = 0.0
+        safety = SafetyLayer(self.limits, clock=lambda: now_s)
+        bounded = []
         try:
-            bounded = np.stack([safety.bound(action) for action in np.asarray(actions_TA)])
+            for action in np.asarray(actions_TA):
+                bounded.append(safety.bound(action))
+                now_s += 1 / self.limits.control_hz
         except SafetyStop as stop:
             raise ProtocolError("unsafe", f"no action: {stop.reason}") from None
         self.metrics.num_clipped += safety.counts.num_clipped + safety.counts.num_slowed
-        return bounded.astype(np.float32)
+        return np.stack(bounded).astype(np.float32)
 
     async def act(self, request: web.Request) -> web.StreamResponse:
         """POST /act."""
-        body = await request.read()
+        if self.num_open >= self.cfg.max_connections:
+            raise ProtocolError("busy", f"{self.num_open} connections are open already")
+        self.num_open += 1
+        try:
+            body = await request.read()
+        finally:
+            self.num_open -= 1
         if request.content_type == JSON:
+            if len(body) > MAX_JSON_BYTES:
+                raise ProtocolError("size", f"JSON of {len(body)} bytes, at most {MAX_JSON_BYTES}: send {MSGPACK}")
             try:
                 message = json.loads(body)
             except (ValueError, RecursionError):
@@ -290,14 +309,16 @@ class PolicyServer:
 
     async def websocket(self, request: web.Request) -> web.StreamResponse:
         """GET / as a WebSocket: metadata, then an answer to every observation."""
-        if len(self.sockets) >= self.cfg.max_connections:
+        if self.num_open >= self.cfg.max_connections:
             raise web.HTTPServiceUnavailable(reason="too many connections")
         socket = web.WebSocketResponse(max_msg_size=self.max_bytes, compress=False, heartbeat=20.0)
         if not socket.can_prepare(request).ok:
             raise web.HTTPUpgradeRequired(reason="connect with a WebSocket, or POST to /act")
-        await socket.prepare(request)
-        self.sockets.add(socket)
+        # Counted before anything is awaited, so that handshakes at once cannot pass together.
+        self.num_open += 1
         try:
+            await socket.prepare(request)
+            self.sockets.add(socket)
             await socket.send_bytes(pack(self.metadata()))
             async for message in socket:
                 if message.type != WSMsgType.BINARY:
@@ -308,11 +329,13 @@ class PolicyServer:
         except ProtocolError as error:
             self.metrics.count(error.code)
             # Text is how openpi's clients are told of a failure.
-            await socket.send_str(f"{error.code}: {error}")
-            await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=error.code.encode())
+            with contextlib.suppress(ConnectionError):
+                await socket.send_str(f"{error.code}: {error}")
+                await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=error.code.encode())
         except ConnectionError:
             self.metrics.count("disconnected")
         finally:
+            self.num_open -= 1
             self.sockets.discard(socket)
         return socket
 
@@ -331,7 +354,15 @@ class PolicyServer:
             await socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server stops")
 
     async def stop_inference(self, app: web.Application) -> None:
-        self.inference.shutdown(wait=True, cancel_futures=True)
+        self.inference.shutdown(wait=False, cancel_futures=True)
+
+
+def host_of(request: web.Request) -> str:
+    """The host that a request names; empty where it names none that can be read."""
+    try:
+        return request.url.host or ""
+    except ValueError:
+        return ""
 
 
 def error_response(status: int, code: str, message: str | None) -> web.Response:
@@ -352,5 +383,8 @@ async def serve_until_signal(server: PolicyServer, cfg: ServeConfig) -> dict:
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop.set)
     await stop.wait()
+    # A second Ctrl-C ends the process at once, where a policy hangs.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(name)
     await runner.cleanup()
     return {f"num_{name}": count for name, count in sorted(server.metrics.requests.items())}

@@ -54,7 +54,15 @@ def test_an_array_that_lies_about_itself_is_refused(entries):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xc1", pack({"a": 1})[:-1], pack({"a": 1}) + b"x", msgpack.packb({1: 2}), msgpack.packb(list(range(65)))],
+    [
+        b"",
+        b"\xc1",
+        pack({"a": 1})[:-1],
+        pack({"a": 1}) + b"x",
+        msgpack.packb({1: 2}),
+        msgpack.packb(list(range(65))),
+        b"\x81\xa1a" + b"\x91" * 300,
+    ],
 )
 def test_what_is_no_message_is_refused(data):
     with pytest.raises(ProtocolError):

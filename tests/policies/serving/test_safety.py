@@ -45,8 +45,11 @@ def test_bounds_hold_for_any_finite_action():
 
 
 def test_absolute_actions_move_no_faster_than_allowed():
-    safety, _ = layer()
-    commands = [safety.bound(np.array(target)) for target in ([0.0, 0.0], [1.0, 2.0], [1.0, 2.0], [-1.0, 2.0])]
+    safety, clock = layer()
+    commands = []
+    for target in ([0.0, 0.0], [1.0, 2.0], [1.0, 2.0], [-1.0, 2.0]):
+        commands.append(safety.bound(np.array(target)))
+        clock.now += 0.1
     assert (np.abs(np.diff(commands, axis=0)) <= 0.5 + 1e-9).all()
     assert safety.counts.num_slowed == 3
 
@@ -58,9 +61,10 @@ def test_after_a_reset_rates_count_from_where_the_robot_is():
 
 
 def test_relative_actions_are_limited_by_their_size():
-    safety, _ = layer(relative=True)
+    safety, clock = layer(relative=True)
     assert safety.bound(np.array([0.9, -2.0])).tolist() == [0.5, -0.5]
-    assert safety.bound(np.array([0.9, 0.1])).tolist() == [0.5, 0.1]
+    clock.now += 0.1
+    assert safety.bound(np.array([0.9, 0.1])) == pytest.approx([0.5, 0.1])
 
 
 def test_a_long_pause_does_not_allow_a_longer_move():
@@ -68,6 +72,44 @@ def test_a_long_pause_does_not_allow_a_longer_move():
     safety.bound(np.zeros(2))
     clock.now += 60
     assert safety.bound(np.array([1.0, 0.0])).tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_many_commands_at_once_move_no_further_than_time_allows(relative):
+    safety, clock = layer(relative=relative)
+    start = safety.bound(np.zeros(2))
+    commands = []
+    for _ in range(100):
+        clock.now += 0.001
+        commands.append(safety.bound(np.ones(2)))
+    moved = np.sum(commands, axis=0) if relative else commands[-1] - start
+    assert (moved <= 5.0 * 0.1 + 1e-9).all()
+
+
+def test_a_loop_that_ends_in_error_stops_the_robot():
+    stops: list[str] = []
+    safety, _ = layer()
+    with pytest.raises(ConnectionError), Watchdog(safety, stops.append, every_s=10):
+        safety.bound(np.zeros(2))
+        raise ConnectionError("the server is gone")
+    assert len(stops) == 1 and "the server is gone" in stops[0]
+
+
+def test_stopping_is_tried_again_where_it_fails():
+    attempts: list[str] = []
+
+    def stop(reason: str) -> None:
+        attempts.append(reason)
+        if len(attempts) < 3:
+            raise OSError("the port is in use")
+
+    safety = SafetyLayer(LIMITS)
+    with Watchdog(safety, stop, every_s=0.01):
+        safety.stop("on purpose")
+        deadline = time.monotonic() + 10
+        while len(attempts) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(attempts) == 3
 
 
 @pytest.mark.parametrize("bad", [[np.nan, 0.0], [0.0, np.inf], [0.0], [[0.0, 0.0]], []])
