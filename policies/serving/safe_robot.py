@@ -58,7 +58,7 @@ class SafeRobot(Robot):
             and not set(self.action_names) <= set(self.robot.observation_features)
         ):
             raise ValueError(
-                f"max_rate of absolute actions is counted from where the robot is, and {self.robot.name} does not observe "
+                f"max_rate of absolute actions counts from where the robot is, and {self.robot.name} does not observe "
                 f"all of {self.action_names}: set relative=true if its actions are changes, or leave max_rate out"
             )
         self._watchdog: Watchdog | None = None
