@@ -6,8 +6,6 @@ import av
 import cv2
 import numpy as np
 
-from envs.arena import CONTROL_HZ
-
 SIZE = 256  # smallest height and width of the picture, pixels
 LINE_HEIGHT = 18
 FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.42
@@ -37,7 +35,7 @@ def captioned(frame: np.ndarray, lines: list[str]) -> np.ndarray:
     return np.concatenate([picture, strip])
 
 
-def write_captioned_video(path: Path, frames: list[np.ndarray], caption: str) -> None:
+def write_captioned_video(path: Path, frames: list[np.ndarray], caption: str, fps: int) -> None:
     """Write frames (H, W, 3) uint8 as an MP4 that browsers play; it appears only when complete."""
     width = frames[0].shape[1] * -(-SIZE // frames[0].shape[0])
     lines = wrap(caption, width)
@@ -47,7 +45,7 @@ def write_captioned_video(path: Path, frames: list[np.ndarray], caption: str) ->
     # x264 prints its statistics through libav's own log, past Python's.
     av.logging.set_libav_level(av.logging.ERROR)
     with av.open(str(partial), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=CONTROL_HZ)
+        stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "20", "movflags": "faststart"}

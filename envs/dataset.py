@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from envs.arena import CONTROL_HZ
 from envs.shards import CRF, KEYFRAME_INTERVAL, PIXEL_FORMAT, PRESET
+from envs.suites import Body
 
 CAMERA = "observation.images.top"
 FILES_PER_CHUNK = 1000
@@ -29,11 +29,12 @@ class Shard:
     """A finished shard, read back. Rows of all its episodes one after the other."""
 
     folder: Path
+    body: Body
     episodes: list[dict]
     skipped: list[dict]
     lengths: np.ndarray  # (E,)
-    states: np.ndarray  # (N, 2)
-    actions: np.ndarray  # (N, 2)
+    states: np.ndarray  # (N, S)
+    actions: np.ndarray  # (N, A)
     pixels: np.ndarray  # (E, P, 3) uint8, a sample
 
 
@@ -45,12 +46,16 @@ def read_shard(folder: Path, options: Any) -> Shard:
             f"{folder} was made with {summary['options']}, asked for is {options}: "
             f"choose another output_dir, or delete {folder.parent}"
         )
+    names = {key: tuple(summary["body"][key]) for key in ("state_names", "action_names")}
+    body = Body(**summary["body"] | names)
     if not summary["episodes"]:
-        empty = np.zeros((0, 2), np.float32)
-        return Shard(folder, [], summary["skipped"], np.zeros(0, int), empty, empty, np.zeros((0, 1, 3), np.uint8))
+        empty = np.zeros((0, 0), np.float32)
+        pixels = np.zeros((0, 1, 3), np.uint8)
+        return Shard(folder, body, [], summary["skipped"], np.zeros(0, int), empty, empty, pixels)
     with np.load(folder / "steps.npz") as steps:
         return Shard(
             folder,
+            body,
             summary["episodes"],
             summary["skipped"],
             steps["lengths"],
@@ -83,7 +88,6 @@ def write_dataset(
     folder: Path,
     shards: list[Shard],
     image_size: int,
-    robot_type: str,
     with_actions: bool,
     with_instructions: bool = True,
 ) -> None:
@@ -101,16 +105,17 @@ def write_dataset(
     from pandas import DataFrame, Index
 
     shards = [shard for shard in shards if shard.episodes]
+    body = shards[0].body
     features: dict[str, dict] = {
         CAMERA: {"dtype": "video", "shape": (image_size, image_size, 3), "names": ["height", "width", "channels"]}
     }
     if with_actions:
-        features["observation.state"] = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
-        features["action"] = {"dtype": "float32", "shape": (2,), "names": ["dx", "dy"]}
+        for key, names in (("observation.state", body.state_names), ("action", body.action_names)):
+            features[key] = {"dtype": "float32", "shape": (len(names),), "names": list(names)}
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     meta = LeRobotDatasetMetadata.create(
-        folder.name, fps=CONTROL_HZ, features=features, root=partial, robot_type=robot_type
+        folder.name, fps=body.control_hz, features=features, root=partial, robot_type=body.robot_type
     )
 
     lengths = np.concatenate([shard.lengths for shard in shards])
@@ -122,7 +127,7 @@ def write_dataset(
 
     frame_index = np.concatenate([np.arange(length) for length in lengths])
     columns: dict[str, np.ndarray] = {
-        "timestamp": (frame_index / CONTROL_HZ).astype(np.float32),
+        "timestamp": (frame_index / body.control_hz).astype(np.float32),
         "frame_index": frame_index,
         "episode_index": np.repeat(np.arange(len(lengths)), lengths),
         "index": np.arange(starts[-1]),
@@ -162,8 +167,8 @@ def write_dataset(
                 "dataset_to_index": last,
                 f"videos/{CAMERA}/chunk_index": chunk_index,
                 f"videos/{CAMERA}/file_index": file_index,
-                f"videos/{CAMERA}/from_timestamp": video_start / CONTROL_HZ,
-                f"videos/{CAMERA}/to_timestamp": (video_start + int(length)) / CONTROL_HZ,
+                f"videos/{CAMERA}/from_timestamp": video_start / body.control_hz,
+                f"videos/{CAMERA}/to_timestamp": (video_start + int(length)) / body.control_hz,
             }
             video_start += int(length)
             of_episode = {name: statistics(as_rows(values[first:last])) for name, values in columns.items()}

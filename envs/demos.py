@@ -4,31 +4,32 @@ output_dir/
     demos/          frames, states, actions, instructions
     video/          the same episodes as video and instructions alone (cfg.video)
     mp4/            the same as one file an episode, with clips.csv (cfg.mp4)
-    episodes.jsonl  family, seed, instruction and failed attempts of every episode
+    episodes.jsonl  family (the task), seed, instruction and failed attempts of every episode
     demos.json      the options and the results; written last
 """
 
 import csv
 import json
-import multiprocessing
-import os
 import shutil
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from envs import FAMILIES
 from envs.dataset import Shard, read_shard, write_dataset
 from envs.shards import ShardOptions, write_shard
+from envs.suites import choose, load_suite
+from envs.workers import worker_pool
+
+# What a folder that is older than these options was made with.
+NEWER_OPTIONS = {"play": False, "suite": "tabletop", "action_noise_share": 0.0}
 
 
 def run(cfg) -> dict:
     """Write the demonstrations that `cfg` (lapa.schema.DemosConfig) asks for.
 
-    Episode i is of family i modulo their number and starts from seed cfg.seed + i, so the families are balanced and
+    Episode i is of task i modulo their number and starts from seed cfg.seed + i, so the tasks are balanced and
     the same options give the same episodes for any number of workers. Goes on where a killed run stopped.
     Play (cfg.play) comes without instructions; episodes.jsonl alone knows what its goals were.
 
@@ -36,24 +37,30 @@ def run(cfg) -> dict:
     another seed) and num_skipped (episodes whose every attempt failed).
 
     Raises:
-        ValueError: for an unknown family, or no episodes asked for.
+        ValueError: for an unknown task, a suite without experts, or no episodes asked for.
     """
-    unknown = [family for family in cfg.families if family not in FAMILIES]
-    if unknown or not cfg.families:
-        raise ValueError(f"families is {list(cfg.families)}, expected some of {list(FAMILIES)}")
+    suite, tasks = choose(cfg)
+    understood = load_suite(suite).UNDERSTOOD
+    if not load_suite(suite).HAS_EXPERT:
+        raise ValueError(
+            f"env={cfg.env} has no scripted expert: take demonstrations that people recorded, as a LeRobotDataset, "
+            "and give its folder to `lapa finetune data=`"
+        )
     if cfg.num_episodes < 1:
         raise ValueError(f"num_episodes is {cfg.num_episodes}, expected at least 1")
     options = ShardOptions(
-        families=tuple(cfg.families),
+        families=tasks,
         num_episodes=cfg.num_episodes,
         seed=cfg.seed,
         split=cfg.split,
         image_size=cfg.image_size,
         num_blocks=(cfg.num_blocks_min, cfg.num_blocks_max),
         variant=cfg.variant,
-        action_noise_m=cfg.action_noise_m,
+        action_noise_m=cfg.action_noise_m if "action_noise_m" in understood else 0.0,
         mp4=cfg.mp4,
         play=cfg.play,
+        suite=suite,
+        action_noise_share=cfg.action_noise_share if "action_noise_share" in understood else 0.0,
     )
     output_dir = Path(cfg.output_dir).expanduser()
     # As JSON gives them back.
@@ -61,8 +68,7 @@ def run(cfg) -> dict:
     record_path = output_dir / "demos.json"
     if record_path.is_file():
         record = json.loads(record_path.read_text(encoding="utf-8"))
-        # A folder written before there was play holds none.
-        if {"play": False} | record["options"] != written_options:
+        if NEWER_OPTIONS | record["options"] != written_options:
             raise ValueError(
                 f"{output_dir} holds demonstrations with options {record['options']}, asked for are "
                 f"{written_options}: choose another output_dir, or delete the folder"
@@ -75,10 +81,9 @@ def run(cfg) -> dict:
     wanted = {"demos": True, "video": False} if cfg.video else {"demos": True}
     for name, with_actions in wanted.items():
         if not (output_dir / name).is_dir():
-            robot_type = f"tabletop_{cfg.variant}"
-            write_dataset(output_dir / name, shards, cfg.image_size, robot_type, with_actions, not cfg.play)
+            write_dataset(output_dir / name, shards, cfg.image_size, with_actions, not cfg.play)
     if cfg.mp4:
-        write_clips(output_dir / "mp4", shards, cfg.variant, not cfg.play)
+        write_clips(output_dir / "mp4", shards, not cfg.play)
     write_episodes(output_dir / "episodes.jsonl", shards)
     num_frames = int(sum(shard.lengths.sum() for shard in shards))
     num_episodes = sum(len(shard.episodes) for shard in shards)
@@ -94,18 +99,6 @@ def run(cfg) -> dict:
     return results
 
 
-def end_with_parent() -> None:
-    """In a worker: end when the stage is killed, which else leaves workers waiting for work forever."""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def roll_out(folder: Path, options: ShardOptions, num_workers: int) -> list[Shard]:
     """Write the shards that `folder` lacks, and read all of them."""
     folders = [folder / f"shard-{number:05d}" for number in range(options.num_shards)]
@@ -116,9 +109,7 @@ def roll_out(folder: Path, options: ShardOptions, num_workers: int) -> list[Shar
                 write_shard(folders[number], options, number)
                 bar.update()
         else:
-            # spawn: a forked process would share this one's graphics context.
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(num_workers, len(missing)), context, end_with_parent) as pool:
+            with worker_pool(min(num_workers, len(missing))) as pool:
                 jobs = [pool.submit(write_shard, folders[number], options, number) for number in missing]
                 for job in as_completed(jobs):
                     job.result()
@@ -126,7 +117,7 @@ def roll_out(folder: Path, options: ShardOptions, num_workers: int) -> list[Shar
     return [read_shard(path, options) for path in folders]
 
 
-def write_clips(folder: Path, shards: list[Shard], variant: str, with_instructions: bool = True) -> None:
+def write_clips(folder: Path, shards: list[Shard], with_instructions: bool = True) -> None:
     """Plain mp4 files and clips.csv (path, caption, lab, family), as `lapa ingest` reads them."""
     folder.mkdir(exist_ok=True)
     partial = folder / "clips.csv.partial"
@@ -138,7 +129,7 @@ def write_clips(folder: Path, shards: list[Shard], variant: str, with_instructio
                 name = f"episode_{episode['index']:06d}.mp4"
                 shutil.copyfile(shard.folder / name, folder / name)
                 caption = episode["instruction"] if with_instructions else ""
-                writer.writerow([name, caption, f"tabletop_{variant}", episode["family"]])
+                writer.writerow([name, caption, shard.body.robot_type, episode["family"]])
     partial.replace(folder / "clips.csv")
 
 

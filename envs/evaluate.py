@@ -1,27 +1,28 @@
-"""`lapa evaluate`: the success of any LeRobot policy in the tabletop suite, on paired initial states.
+"""`lapa evaluate`: the success of any LeRobot policy in a simulated suite, on paired initial states.
 
 output_dir/
-    episodes.jsonl  one line an episode, written batch by batch: family, index, seed, split, variant, instruction,
-                    success, steps, return, and error where the simulator failed
-    results.json    success with its 95% Wilson interval, a family and overall
-    videos/         the first episodes of every family, with their instruction
+    episodes.jsonl  one line an episode, written batch by batch: family (the task), index, seed, split and variant
+                    where the suite has them, instruction, success, steps, return, and error where the simulator failed
+    results.json    success with its 95% Wilson interval, a task and overall
+    videos/         the first episodes of every task, with their instruction
 
-Episode i of a family starts from seed cfg.seed + i whatever the policy, so that policies can be compared in pairs.
+Episode i of a task starts from seed cfg.seed + i whatever the policy, so that policies can be compared in pairs.
 """
 
+import functools
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from envs import FAMILIES
-from envs.arena import MAX_STEP
 from envs.captioned_video import write_captioned_video
 from envs.policy_folder import Policy, PolicyFolder
-from envs.tabletop import TabletopEnv
+from envs.suites import SuiteEnv, choose, load_suite, make_env
+from envs.workers import worker_pool
 
 log = logging.getLogger(__name__)
 
@@ -29,53 +30,57 @@ log = logging.getLogger(__name__)
 def run(cfg) -> dict:
     """Evaluate the policy that `cfg` (lapa.schema.EvaluateConfig) names; goes on where a killed run stopped.
 
-    Returns success_rate, success_low and success_high (95%) overall, success_<family>, num_episodes, num_errors.
+    Returns success_rate, success_low and success_high (95%) overall, success_<task>, num_episodes, num_errors.
+    With more than one worker, the results are those of one worker that computes with as many threads as each of them.
 
     Raises:
-        ValueError: for an unknown family, or a policy that does not fit the suite.
+        ValueError: for an unknown task, or a policy that does not fit the suite.
     """
-    if cfg.runtime.num_threads:
-        import torch
-
-        torch.set_num_threads(cfg.runtime.num_threads)
+    if cfg.num_workers > 1:
+        return evaluate(None, cfg)
+    set_num_threads(cfg.runtime.num_threads)
     return evaluate(PolicyFolder(cfg.policy, cfg.runtime.device, cfg.image_size), cfg)
 
 
-def evaluate(policy: Policy, cfg) -> dict:
-    """The same for a policy in memory."""
-    unknown = [family for family in cfg.families if family not in FAMILIES]
-    if unknown or not cfg.families:
-        raise ValueError(f"families is {list(cfg.families)}, expected some of {list(FAMILIES)}")
+def set_num_threads(num_threads: int) -> None:
+    """Of torch in this process; 0 leaves them as they are."""
+    if num_threads:
+        import torch
+
+        torch.set_num_threads(num_threads)
+
+
+def evaluate(policy: Policy | None, cfg) -> dict:
+    """The same for a policy in memory; None: cfg.num_workers processes load cfg.policy."""
+    suite, tasks = choose(cfg)
     output_dir = Path(cfg.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
     episodes_path = output_dir / "episodes.jsonl"
     episodes = read_episodes(episodes_path)
     finished = {(episode["family"], episode["index"]) for episode in episodes}
 
-    total = cfg.num_episodes * len(cfg.families)
+    # A batch is done again as a whole: what a policy draws at random depends on its batch.
+    firsts = range(0, cfg.num_episodes, cfg.num_envs)
+    every_batch = [(task, range(i, min(i + cfg.num_envs, cfg.num_episodes))) for task in tasks for i in firsts]
+    batches = [(task, batch) for task, batch in every_batch if not {(task, index) for index in batch} <= finished]
+    total = cfg.num_episodes * len(tasks)
     with (
         tqdm(total=total, initial=len(finished), desc="evaluate", unit="episode") as bar,
         episodes_path.open("a", encoding="utf-8") as file,
     ):
-        for family in cfg.families:
-            envs = FamilyEnvs(cfg, family)
-            for first in range(0, cfg.num_episodes, cfg.num_envs):
-                indices = range(first, min(first + cfg.num_envs, cfg.num_episodes))
-                # A batch is done again as a whole: what a policy draws at random depends on its batch.
-                if all((family, index) in finished for index in indices):
-                    continue
-                batch = roll_out_batch(policy, envs, indices, output_dir / "videos")
-                file.writelines(json.dumps(e) + "\n" for e in batch if (family, e["index"]) not in finished)
-                file.flush()
-                bar.update(sum((family, index) not in finished for index in indices))
+        for records in roll_out(policy, cfg, suite, batches):
+            new = [episode for episode in records if (episode["family"], episode["index"]) not in finished]
+            file.writelines(json.dumps(episode) + "\n" for episode in new)
+            file.flush()
+            bar.update(len(new))
 
     episodes = read_episodes(episodes_path)
     results = {
-        "policy": str(getattr(cfg, "policy", "")),
-        "split": cfg.split,
-        "variant": cfg.variant,
+        "policy": cfg.policy,
+        "env": cfg.env,
+        **suite_options(suite, cfg),
         "seed": cfg.seed,
-        "families": {family: summary([e for e in episodes if e["family"] == family]) for family in cfg.families},
+        "families": {task: summary([e for e in episodes if e["family"] == task]) for task in tasks},
         "overall": summary(episodes),
     }
     partial = output_dir / "results.json.partial"
@@ -86,39 +91,74 @@ def evaluate(policy: Policy, cfg) -> dict:
         "success_rate": overall["success_rate"],
         "success_low": overall["success_low"],
         "success_high": overall["success_high"],
-        **{f"success_{family}": of["success_rate"] for family, of in results["families"].items()},
+        **{f"success_{task}": of["success_rate"] for task, of in results["families"].items()},
         "num_episodes": overall["num_episodes"],
         "num_errors": overall["num_errors"],
     }
 
 
-class FamilyEnvs:
-    """The environments of one family, kept from batch to batch; one that fails is built anew."""
+def suite_options(suite: str, cfg) -> dict:
+    """The options that say which world it was, of a suite that has several."""
+    return {name: getattr(cfg, name) for name in ("split", "variant") if name in load_suite(suite).UNDERSTOOD}
 
-    def __init__(self, cfg, family: str) -> None:
-        self.cfg = cfg
-        self.family = family
-        self._envs: dict[int, TabletopEnv] = {}
 
-    def get(self, slot: int) -> TabletopEnv:
+class TaskEnvs:
+    """The environments of one task, kept from batch to batch; one that fails is built anew.
+
+    The first is built at once: a suite that cannot be set up ends the stage, and is no failure of its episodes.
+    """
+
+    def __init__(self, cfg, suite: str, task: str) -> None:
+        self.cfg, self.suite, self.task = cfg, suite, task
+        self._envs: dict[int, SuiteEnv] = {}
+        self.state_dim = self.get(0).observation_space["agent_pos"].shape[0]  # type: ignore[index]
+        self.action_space = self.get(0).action_space
+        self.control_hz = self.get(0).metadata["render_fps"]
+
+    def get(self, slot: int) -> SuiteEnv:
         if slot not in self._envs:
-            env = gymnasium.make(
-                FAMILIES[self.family],
-                disable_env_checker=True,
-                image_size=self.cfg.image_size,
-                num_blocks=(self.cfg.num_blocks_min, self.cfg.num_blocks_max),
-                split=self.cfg.split,
-                variant=self.cfg.variant,
-            ).unwrapped
-            assert isinstance(env, TabletopEnv)
-            self._envs[slot] = env
+            self._envs[slot] = make_env(self.suite, self.task, self.cfg.image_size, self.cfg)
         return self._envs[slot]
 
     def discard(self, slot: int) -> None:
         self._envs.pop(slot, None)
 
 
-def roll_out_batch(policy: Policy, envs: FamilyEnvs, indices: range, video_folder: Path) -> list[dict]:
+def roll_out(policy: Policy | None, cfg, suite: str, batches: list[tuple[str, range]]) -> Iterator[list[dict]]:
+    """Records of the batches (task, indices), in their order."""
+    if policy is not None:
+        envs: TaskEnvs | None = None
+        for task, indices in batches:
+            if envs is None or envs.task != task:
+                envs = TaskEnvs(cfg, suite, task)
+            yield roll_out_batch(policy, envs, indices)
+        return
+    with worker_pool(max(1, min(cfg.num_workers, len(batches)))) as pool:
+        jobs = [pool.submit(roll_out_in_worker, cfg, suite, task, indices) for task, indices in batches]
+        try:
+            for job in jobs:
+                yield job.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@functools.cache
+def policy_of_worker(folder: str, device: str, image_size: int) -> PolicyFolder:
+    return PolicyFolder(folder, device, image_size)
+
+
+# Those of the task that this worker is at.
+_envs: list[TaskEnvs] = []
+
+
+def roll_out_in_worker(cfg, suite: str, task: str, indices: range) -> list[dict]:
+    set_num_threads(cfg.runtime.num_threads or max(1, (os.cpu_count() or 1) // cfg.num_workers))
+    if not _envs or _envs[0].task != task:
+        _envs[:] = [TaskEnvs(cfg, suite, task)]
+    return roll_out_batch(policy_of_worker(cfg.policy, cfg.runtime.device, cfg.image_size), _envs[0], indices)
+
+
+def roll_out_batch(policy: Policy, envs: TaskEnvs, indices: range) -> list[dict]:
     """Run the episodes of `indices` in lockstep until the last one ends; one record each.
 
     An episode that has ended goes on being shown its last frame, since the policy's queue serves the whole batch.
@@ -128,17 +168,16 @@ def roll_out_batch(policy: Policy, envs: FamilyEnvs, indices: range, video_folde
 
     cfg, size = envs.cfg, len(indices)
     frames = np.zeros((size, cfg.image_size, cfg.image_size, 3), np.uint8)
-    states = np.zeros((size, 2), np.float32)
+    states = np.zeros((size, envs.state_dim), np.float32)
     instructions = [""] * size
     running = np.zeros(size, bool)
     filmed: list[list[np.ndarray]] = [[] for _ in indices]
     records = [
         {
-            "family": envs.family,
+            "family": envs.task,
             "index": index,
             "seed": cfg.seed + index,
-            "split": cfg.split,
-            "variant": cfg.variant,
+            **suite_options(envs.suite, cfg),
             "instruction": "",
             "success": False,
             "steps": 0,
@@ -153,7 +192,7 @@ def roll_out_batch(policy: Policy, envs: FamilyEnvs, indices: range, video_folde
             filmed[slot].append(observation["pixels"])
 
     def fail(slot: int, error: Exception) -> None:
-        log.warning("episode %d of %s failed: %s", indices[slot], envs.family, error)
+        log.warning("episode %d of %s failed: %s", indices[slot], envs.task, error)
         records[slot]["error"] = f"{type(error).__name__}: {error}"
         running[slot] = False
         envs.discard(slot)
@@ -174,11 +213,13 @@ def roll_out_batch(policy: Policy, envs: FamilyEnvs, indices: range, video_folde
         policy.reset()
         while running.any():
             actions = policy.act(frames, states, instructions)
-            if actions.shape != (size, 2):
-                raise ValueError(f"the policy's actions have shape {actions.shape}, expected {(size, 2)}")
+            if actions.shape != (size, *envs.action_space.shape):
+                raise ValueError(
+                    f"the policy's actions have shape {actions.shape}, expected {(size, *envs.action_space.shape)}"
+                )
             for slot in np.flatnonzero(running):
                 env, record = envs.get(slot), records[slot]
-                action = np.clip(actions[slot], -MAX_STEP, MAX_STEP)
+                action = np.clip(actions[slot], envs.action_space.low, envs.action_space.high)
                 try:
                     observation, reward, terminated, truncated, info = env.step(action)
                 except Exception as error:  # as above
@@ -186,15 +227,15 @@ def roll_out_batch(policy: Policy, envs: FamilyEnvs, indices: range, video_folde
                     continue
                 see(slot, observation)
                 record["steps"] += 1
-                record["return"] += reward
+                record["return"] += float(reward)
                 record["success"] = bool(info["is_success"])
                 running[slot] = not (terminated or truncated)
 
     for slot, index in enumerate(indices):
         if filmed[slot]:
             outcome = "success" if records[slot]["success"] else "failure"
-            path = video_folder / f"{envs.family}_{index:03d}_{outcome}.mp4"
-            write_captioned_video(path, filmed[slot], instructions[slot])
+            path = Path(cfg.output_dir).expanduser() / "videos" / f"{envs.task}_{index:03d}_{outcome}.mp4"
+            write_captioned_video(path, filmed[slot], instructions[slot], envs.control_hz)
     return records
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import gymnasium
 
-from envs import FAMILIES
+from envs.suites import load_suite
 
 
 class NamedCamera(gymnasium.ObservationWrapper):
@@ -21,6 +21,7 @@ class NamedCamera(gymnasium.ObservationWrapper):
         return observation | {"pixels": {"top": observation["pixels"]}}
 
 
-def make_env(family: str, options: dict[str, Any]) -> gymnasium.Env:
-    """One environment of a family, as LeRobot wants it."""
-    return NamedCamera(gymnasium.make(FAMILIES[family], disable_env_checker=True, **options))
+def make_env(suite: str, task: str, options: dict[str, Any]) -> gymnasium.Env:
+    """One environment of a task, as LeRobot wants it."""
+    env: Any = load_suite(suite).make_env(task, **options)
+    return NamedCamera(env)

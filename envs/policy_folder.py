@@ -16,7 +16,7 @@ class Policy(Protocol):
         """Forget the present episodes."""
 
     def act(self, frames: np.ndarray, states: np.ndarray, instructions: list[str]) -> np.ndarray:
-        """Actions (B, 2) in metres for frames (B, H, W, 3) uint8, states (B, 2) in metres and B instructions."""
+        """Actions (B, A) for frames (B, H, W, 3) uint8, states (B, S) and B instructions, in the suite's units."""
 
 
 def refuse_foreign_code(folder: Path) -> None:
@@ -64,6 +64,7 @@ class PolicyFolder:
         config = PreTrainedConfig.from_pretrained(folder)
         config.device = device
         self.image_key = find_image_key(config, image_size)
+        self.state_shape = config.robot_state_feature.shape if config.robot_state_feature else None
         self.device = torch.device(device)
         self.policy = get_policy_class(config.type).from_pretrained(folder, config=config)
         self.policy.to(self.device).eval()
@@ -79,6 +80,11 @@ class PolicyFolder:
     def act(self, frames: np.ndarray, states: np.ndarray, instructions: list[str]) -> np.ndarray:
         import torch
 
+        if self.state_shape not in (None, states.shape[1:]):
+            raise ValueError(
+                f"the policy wants states of shape {self.state_shape}, this suite has {states.shape[1:]}: "
+                "evaluate it in the suite that it was trained in"
+            )
         images = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).contiguous().float() / 255
         observation = {
             self.image_key: images,

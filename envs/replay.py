@@ -24,6 +24,7 @@ from tqdm import tqdm
 from envs.arena import CONTROL_HZ
 from envs.dataset import Shard, read_shard, write_dataset
 from envs.shards import EPISODES_PER_SHARD, Episode, ShardOptions, make_env, save_shard
+from envs.suites import body_of
 from envs.tabletop import TabletopEnv
 from envs.tasks import make_task
 
@@ -90,13 +91,13 @@ def run(cfg) -> dict:
                     made.append((first + offset, episode, fate))
                 # What became of the proposals first: the shard's folder says that both are complete.
                 write_lines(fates_of(folder), [fate for _, _, fate in made])
-                save_shard(folder, options, [(index, episode) for index, episode, _ in made], [])
+                body = body_of(recording.options.suite, envs[family])
+                save_shard(folder, options, body, [(index, episode) for index, episode, _ in made], [])
             shards.append(read_shard(folder, options))
             bar.update(len(part))
 
     if not (output_dir / "demos").is_dir():
-        robot_type = f"tabletop_{recording.options.variant}"
-        write_dataset(output_dir / "demos", shards, recording.options.image_size, robot_type, with_actions=True)
+        write_dataset(output_dir / "demos", shards, recording.options.image_size, with_actions=True)
     fates = [fate for shard in shards for fate in read_lines(fates_of(shard.folder))]
     write_lines(output_dir / "episodes.jsonl", fates)
     results = {
@@ -119,6 +120,8 @@ def read_recording(folder: Path) -> Recording:
             raise ValueError(f"no {name} in {folder}: data must be the output_dir of `lapa demos`, which keeps seeds")
     options = json.loads((folder / "demos.json").read_text(encoding="utf-8"))["options"]
     options.pop("video", None)
+    if options.get("suite", "tabletop") != "tabletop":
+        raise ValueError(f"{folder} holds demonstrations of {options['suite']}: only those of tabletop can be replayed")
     options |= {"families": tuple(options["families"]), "num_blocks": tuple(options["num_blocks"])}
     columns = ["episode_index", "observation.state", "action"]
     tables = [pq.read_table(path, columns=columns) for path in sorted((folder / "demos" / "data").rglob("*.parquet"))]

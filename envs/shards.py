@@ -10,16 +10,13 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import av
-import gymnasium
 import numpy as np
 
-from envs import FAMILIES
-from envs.arena import CONTROL_HZ, MAX_STEP
-from envs.play import LENGTH_RATIO, Dawdler
-from envs.tabletop import TabletopEnv
-from envs.tasks import make_task
+from envs import suites
+from envs.suites import Body, SuiteEnv, body_of
 
 EPISODES_PER_SHARD = 25
 ATTEMPTS = 10
@@ -36,9 +33,9 @@ PRESET = "veryfast"
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """The options of `lapa demos` that decide what a shard holds."""
+    """The options of `lapa demos` that decide what a shard holds; only one of the two kinds of noise is not 0."""
 
-    families: tuple[str, ...]
+    families: tuple[str, ...]  # tasks of the suite
     num_episodes: int
     seed: int
     split: str
@@ -48,6 +45,16 @@ class ShardOptions:
     action_noise_m: float
     mp4: bool
     play: bool = False
+    suite: str = "tabletop"
+    action_noise_share: float = 0.0  # of half the range of each action
+
+    @property
+    def num_blocks_min(self) -> int:
+        return self.num_blocks[0]
+
+    @property
+    def num_blocks_max(self) -> int:
+        return self.num_blocks[1]
 
     @property
     def num_shards(self) -> int:
@@ -59,23 +66,24 @@ class Episode:
     """One successful episode. Step t: the frame and state seen, and the action executed from there."""
 
     frames: np.ndarray  # (T, H, W, 3) uint8
-    states: np.ndarray  # (T, 2) float32 metres
-    actions: np.ndarray  # (T, 2) float32 metres
+    states: np.ndarray  # (T, S) float32
+    actions: np.ndarray  # (T, A) float32
     instruction: str
     family: str
     seed: int  # of the attempt that succeeded
     num_failures: int
 
 
-def record_episode(env: TabletopEnv, seed: int, action_noise_m: float, play: bool = False) -> Episode | None:
-    """Let the expert act under Gaussian noise (standard deviation in metres); None where it never succeeds.
+def record_episode(env: Any, seed: int, action_noise: float | np.ndarray, play: bool = False) -> Episode | None:
+    """Let the expert of a SuiteEnv act under Gaussian noise; None where it never succeeds.
 
-    play: it dawdles on its way (`envs.play`). A failed attempt is repeated from seed + k * ATTEMPT_STRIDE.
+    action_noise: standard deviation, of all actions or of each (A,), in the action's units.
+    play: it dawdles on its way (`envs.play`; tabletop). A failed attempt is repeated from seed + k * ATTEMPT_STRIDE.
     """
     for attempt in range(ATTEMPTS):
         attempt_seed = seed + attempt * ATTEMPT_STRIDE
         rng = np.random.default_rng([NOISE_STREAM, attempt_seed])
-        dawdler = Dawdler(np.random.default_rng([PLAY_STREAM, attempt_seed]), MAX_STEP) if play else None
+        dawdler = make_dawdler(np.random.default_rng([PLAY_STREAM, attempt_seed])) if play else None
         observation, info = env.reset(seed=attempt_seed)
         frames, states, actions = [], [], []
         success = done = False
@@ -83,30 +91,38 @@ def record_episode(env: TabletopEnv, seed: int, action_noise_m: float, play: boo
             action = env.expert_action()
             if dawdler is not None:
                 action = dawdler(env.scene.tip_xy, action)
-            noisy = action + rng.normal(0.0, action_noise_m, 2)
+            noisy = action + rng.normal(0.0, action_noise, action.shape)
             frames.append(observation["pixels"])
             states.append(observation["agent_pos"])
-            observation, _, success, truncated, step_info = env.step(np.clip(noisy, -MAX_STEP, MAX_STEP))
+            observation, _, terminated, truncated, step_info = env.step(noisy)
             actions.append(step_info["executed_action"])
-            done = success or truncated
+            success, done = step_info["is_success"], terminated or truncated
         if success:
             return Episode(
                 np.stack(frames),
                 np.stack(states),
                 np.stack(actions),
                 info["instruction"],
-                env.family,
+                env.task,
                 attempt_seed,
                 attempt,
             )
     return None
 
 
-def encode_video(path: Path, episodes: list[np.ndarray]) -> None:
+def make_dawdler(rng: np.random.Generator):
+    """Play of the tabletop, the one suite that has it."""
+    from envs.arena import MAX_STEP
+    from envs.play import Dawdler
+
+    return Dawdler(rng, MAX_STEP)
+
+
+def encode_video(path: Path, episodes: list[np.ndarray], fps: int) -> None:
     """Write episodes of frames (T, H, W, 3) uint8 one after the other, each opening with a key frame."""
     height, width = episodes[0].shape[1:3]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=CONTROL_HZ)
+        stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, PIXEL_FORMAT
         stream.codec_context.thread_count = 1
         stream.options = {
@@ -125,22 +141,13 @@ def encode_video(path: Path, episodes: list[np.ndarray]) -> None:
         container.mux(stream.encode())
 
 
-def make_env(options: ShardOptions, family: str) -> TabletopEnv:
-    env = gymnasium.make(
-        FAMILIES[family],
-        disable_env_checker=True,
-        image_size=options.image_size,
-        num_blocks=options.num_blocks,
-        split=options.split,
-        variant=options.variant,
-        episode_length=LENGTH_RATIO * make_task(family).episode_length if options.play else None,
-    ).unwrapped
-    assert isinstance(env, TabletopEnv)
-    return env
+def make_env(options: ShardOptions, task: str) -> Any:
+    """The SuiteEnv that the options mean."""
+    return suites.make_env(options.suite, task, options.image_size, options)
 
 
-# One environment a family and a process: building one costs more than an episode.
-_envs: dict[tuple[ShardOptions, str], TabletopEnv] = {}
+# One environment a task and a process: building one costs more than an episode.
+_envs: dict[tuple[ShardOptions, str], SuiteEnv] = {}
 
 
 def write_shard(folder: Path, options: ShardOptions, number: int) -> int:
@@ -148,19 +155,22 @@ def write_shard(folder: Path, options: ShardOptions, number: int) -> int:
     first = number * EPISODES_PER_SHARD
     episodes, skipped = [], []
     for index in range(first, min(first + EPISODES_PER_SHARD, options.num_episodes)):
-        family = options.families[index % len(options.families)]
-        if (options, family) not in _envs:
-            _envs[options, family] = make_env(options, family)
-        episode = record_episode(_envs[options, family], options.seed + index, options.action_noise_m, options.play)
+        task = options.families[index % len(options.families)]
+        if (options, task) not in _envs:
+            _envs[options, task] = make_env(options, task)
+        env = _envs[options, task]
+        half_range = (env.action_space.high - env.action_space.low).astype(np.float64) / 2
+        action_noise = options.action_noise_m + options.action_noise_share * half_range
+        episode = record_episode(env, options.seed + index, action_noise, options.play)
         if episode is None:
-            skipped.append({"family": family, "seed": options.seed + index, "attempts": ATTEMPTS})
+            skipped.append({"family": task, "seed": options.seed + index, "attempts": ATTEMPTS})
         else:
             episodes.append((index, episode))
-    save_shard(folder, options, episodes, skipped)
+    save_shard(folder, options, body_of(options.suite, env), episodes, skipped)
     return len(episodes)
 
 
-def save_shard(folder: Path, options, episodes: list[tuple[int, Episode]], skipped: list[dict]) -> None:
+def save_shard(folder: Path, options, body: Body, episodes: list[tuple[int, Episode]], skipped: list[dict]) -> None:
     """Write episodes with their indices as the shard `folder`, which appears when it is complete.
 
     options: the dataclass they were made with, which `envs.dataset.read_shard` will ask for; options.mp4 adds a file
@@ -170,7 +180,7 @@ def save_shard(folder: Path, options, episodes: list[tuple[int, Episode]], skipp
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if episodes:
-        encode_video(partial / "frames.mp4", [episode.frames for _, episode in episodes])
+        encode_video(partial / "frames.mp4", [episode.frames for _, episode in episodes], body.control_hz)
         np.savez(
             partial / "steps.npz",
             states=np.concatenate([episode.states for _, episode in episodes]),
@@ -181,7 +191,7 @@ def save_shard(folder: Path, options, episodes: list[tuple[int, Episode]], skipp
         )
         if options.mp4:
             for index, episode in episodes:
-                encode_video(partial / f"episode_{index:06d}.mp4", [episode.frames])
+                encode_video(partial / f"episode_{index:06d}.mp4", [episode.frames], body.control_hz)
     rows = [
         {
             "index": index,
@@ -192,7 +202,7 @@ def save_shard(folder: Path, options, episodes: list[tuple[int, Episode]], skipp
         }
         for index, episode in episodes
     ]
-    summary = {"options": asdict(options), "episodes": rows, "skipped": skipped}
+    summary = {"options": asdict(options), "body": asdict(body), "episodes": rows, "skipped": skipped}
     (partial / "shard.json").write_text(json.dumps(summary), encoding="utf-8")
     partial.replace(folder)
 

@@ -45,6 +45,8 @@ class TabletopEnv(gymnasium.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
+    action_space: spaces.Box
+    observation_space: spaces.Dict
 
     def __init__(
         self,
@@ -107,6 +109,11 @@ class TabletopEnv(gymnasium.Env):
     def task_description(self) -> str:
         """The instruction of the present episode, which is what a policy is told."""
         return self.instruction
+
+    @property
+    def robot_type(self) -> str:
+        """The body's name in data sets."""
+        return f"tabletop_{self.variant.name}"
 
     @property
     def scene(self) -> Scene:

@@ -21,7 +21,7 @@ class Stage:
 STAGES = {
     "ingest": Stage("video from any source -> curated clips in a frame store", "video_data.ingest", "IngestConfig"),
     "demos": Stage(
-        "scripted experts in MuJoCo -> LeRobotDataset, with and without actions", "envs.demos", "DemosConfig"
+        "scripted experts in simulation -> LeRobotDataset, with and without actions", "envs.demos", "DemosConfig"
     ),
     "train_realigner": Stage(
         "clips with true captions -> captioner that edits noisy titles, measured",
@@ -64,7 +64,7 @@ STAGES = {
         "proposed actions for recorded episodes -> data set verified in simulation", "envs.replay", "ReplayConfig"
     ),
     "evaluate": Stage(
-        "LeRobot policy -> success in MuJoCo, with intervals and videos", "envs.evaluate", "EvaluateConfig"
+        "LeRobot policy -> success in simulation, with intervals and videos", "envs.evaluate", "EvaluateConfig"
     ),
     "serve": Stage("policy -> server for robots: WebSocket and HTTP", "policies.serving.server", "ServeConfig"),
     "study": Stage("an experiment on the model zoo -> table with intervals", "lapa.studies.study", "StudyConfig"),

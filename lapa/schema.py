@@ -42,14 +42,15 @@ class Training:
 
 @dataclass
 class DemosConfig:
-    """`lapa demos`: scripted experts act in MuJoCo; episodes go to LeRobotDataset v3 folders.
+    """`lapa demos`: scripted experts act in simulation; episodes go to LeRobotDataset v3 folders.
 
     Families: reach, block_to_block, block_to_absolute, block_to_side, block_to_relative, separate_blocks.
     """
 
     output_dir: str = MISSING
-    families: list[str] = field(default_factory=lambda: ["reach"])
-    num_episodes: int = 100  # in all families together
+    env: str = "tabletop"  # a suite, or some of its tasks: suite/task,task or suite/group (docs/simulators.md)
+    families: list[str] = field(default_factory=lambda: ["reach"])  # tasks of env=tabletop
+    num_episodes: int = 100  # in all tasks together
     seed: int = 0  # episode i starts from seed + i
     split: str = "train"  # train (seen blocks and phrasings) | unseen | unseen_blocks | unseen_phrases
     image_size: int = 64
@@ -57,6 +58,7 @@ class DemosConfig:
     num_blocks_max: int = 8
     variant: str = "default"
     action_noise_m: float = 0.004  # standard deviation of the expert's disturbance, per step
+    action_noise_share: float = 0.1  # the same where actions are no metres: a share of half of each one's range
     play: bool = False  # dawdling (pauses, detours, ways back) to goals that the data set does not tell
     video: bool = True  # also write the episodes without actions and states
     mp4: bool = False  # also write one plain mp4 file an episode, with captions.csv
@@ -824,20 +826,22 @@ class ReplayConfig:
 
 @dataclass
 class EvaluateConfig:
-    """`lapa evaluate`: any LeRobot policy folder in the tabletop suite, on paired initial states."""
+    """`lapa evaluate`: any LeRobot policy folder in simulation, on paired initial states."""
 
     policy: str = MISSING
     output_dir: str = MISSING
-    families: list[str] = field(default_factory=lambda: ["reach"])
-    num_episodes: int = 100  # a family
-    seed: int = 1_000_000  # episode i of a family starts from seed + i, for every policy alike
+    env: str = "tabletop"  # a suite, or some of its tasks: suite/task,task or suite/group (docs/simulators.md)
+    families: list[str] = field(default_factory=lambda: ["reach"])  # tasks of env=tabletop
+    num_episodes: int = 100  # a task
+    seed: int = 1_000_000  # episode i of a task starts from seed + i, for every policy alike
     split: str = "train"  # train (seen blocks and phrasings) | unseen | unseen_blocks | unseen_phrases
     image_size: int = 64
     num_blocks_min: int = 4
     num_blocks_max: int = 8
     variant: str = "default"
-    num_envs: int = 25
-    num_videos: int = 4  # a family
+    num_envs: int = 25  # that step together, as one batch of the policy
+    num_videos: int = 4  # a task
+    num_workers: int = 1  # processes that evaluate batches side by side, each with its own copy of the policy
     runtime: Runtime = field(default_factory=Runtime)
 
 

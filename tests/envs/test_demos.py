@@ -1,12 +1,12 @@
 import csv
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from envs import demos, shards
 from envs.shards import ShardOptions, make_env, record_episode
+from lapa.schema import DemosConfig
 
 FAMILIES = ["reach", "block_to_relative"]
 
@@ -16,19 +16,13 @@ def config(folder, **changed):
         "output_dir": str(folder),
         "families": FAMILIES,
         "num_episodes": 6,
-        "seed": 0,
-        "split": "train",
         "image_size": 32,
         "num_blocks_min": 2,
         "num_blocks_max": 4,
-        "variant": "default",
-        "action_noise_m": 0.004,
-        "play": False,
-        "video": True,
         "mp4": True,
         "num_workers": 1,
     }
-    return SimpleNamespace(**{**values, **changed})
+    return DemosConfig(**values | changed)
 
 
 def options_of(cfg):
@@ -184,5 +178,5 @@ def test_unsolved_episodes_are_counted_and_left_out(tmp_path, monkeypatch):
 
 
 def test_unknown_family_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected some of"):
+    with pytest.raises(ValueError, match="has no task"):
         demos.run(config(tmp_path, families=["fly"]))

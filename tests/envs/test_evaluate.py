@@ -1,5 +1,5 @@
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -8,6 +8,8 @@ import pytest
 from envs import evaluate
 from envs.captioned_video import write_captioned_video
 from envs.policy_folder import PolicyFolder, refuse_foreign_code
+from envs.tabletop import TabletopEnv
+from lapa.schema import EvaluateConfig, Runtime
 
 
 def config(folder, **changed):
@@ -17,16 +19,14 @@ def config(folder, **changed):
         "families": ["reach", "block_to_relative"],
         "num_episodes": 5,
         "seed": 1000,
-        "split": "train",
         "image_size": 32,
         "num_blocks_min": 2,
         "num_blocks_max": 4,
-        "variant": "default",
         "num_envs": 3,
         "num_videos": 1,
-        "runtime": SimpleNamespace(device="cpu", dtype="float32", compile=False, num_threads=1),
+        "runtime": Runtime(device="cpu", num_threads=1),
     }
-    return SimpleNamespace(**{**values, **changed})
+    return EvaluateConfig(**values | changed)
 
 
 class StandStill:
@@ -47,17 +47,17 @@ class Expert(StandStill):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.family_envs = None
+        self.task_envs = None
         roll_out = evaluate.roll_out_batch
 
-        def watched(policy, family_envs, *rest):
-            self.family_envs = family_envs
-            return roll_out(policy, family_envs, *rest)
+        def watched(policy, task_envs, indices):
+            self.task_envs = task_envs
+            return roll_out(policy, task_envs, indices)
 
         monkeypatch.setattr(evaluate, "roll_out_batch", watched)
 
     def act(self, frames, states, instructions):
-        return np.stack([self.family_envs.get(slot).expert_action() for slot in range(len(frames))])
+        return np.stack([self.task_envs.get(slot).expert_action() for slot in range(len(frames))])
 
 
 def read(folder):
@@ -101,7 +101,7 @@ def test_killed_evaluation_goes_on_and_ends_the_same(tmp_path):
 
 
 def test_failure_of_one_simulation_is_that_episodes_alone(tmp_path, monkeypatch):
-    step = evaluate.TabletopEnv.step
+    step = TabletopEnv.step
     broken = []
 
     def sometimes(env, action):
@@ -110,7 +110,7 @@ def test_failure_of_one_simulation_is_that_episodes_alone(tmp_path, monkeypatch)
             raise RuntimeError("physics diverged")
         return step(env, action)
 
-    monkeypatch.setattr(evaluate.TabletopEnv, "step", sometimes)
+    monkeypatch.setattr(TabletopEnv, "step", sometimes)
     results = evaluate.evaluate(StandStill(), config(tmp_path, families=["reach"]))
     assert (results["num_episodes"], results["num_errors"]) == (5, 1)
     errors = [episode.get("error") for episode in read(tmp_path)]
@@ -138,7 +138,7 @@ def test_long_captions_are_wrapped(tmp_path):
     frames = [np.zeros((64, 64, 3), np.uint8)]
     heights = []
     for words in (2, 40):
-        write_captioned_video(tmp_path / f"{words}.mp4", frames, "push " * words)
+        write_captioned_video(tmp_path / f"{words}.mp4", frames, "push " * words, 10)
         with av.open(str(tmp_path / f"{words}.mp4")) as container:
             heights.append(container.streams.video[0].height)
     assert heights[1] > heights[0] + 40
@@ -192,9 +192,28 @@ def test_any_lerobot_policy_folder_can_be_evaluated(act_folder, tmp_path):
     cfg = config(tmp_path / "a", policy=str(act_folder), families=["reach"], num_episodes=2)
     results = evaluate.run(cfg)
     assert results["num_episodes"] == 2 and results["num_errors"] == 0
-    cfg.output_dir = str(tmp_path / "b")
-    evaluate.run(cfg)
+    evaluate.run(replace(cfg, output_dir=str(tmp_path / "b")))
     assert read(tmp_path / "a") == read(tmp_path / "b")
+
+
+def test_workers_find_what_one_process_does(act_folder, tmp_path):
+    for num_workers in (1, 2):
+        output_dir = tmp_path / str(num_workers)
+        evaluate.run(config(output_dir, policy=str(act_folder), num_episodes=4, num_workers=num_workers))
+    assert len(read(tmp_path / "1")) == 8
+    assert read(tmp_path / "1") == read(tmp_path / "2")
+    assert len(list((tmp_path / "2" / "videos").iterdir())) == 2
+
+
+def test_wrong_policy_is_told_by_the_workers_too(tmp_path):
+    with pytest.raises(ValueError, match="is no LeRobot policy"):
+        evaluate.run(config(tmp_path / "out", policy=str(tmp_path), num_workers=2))
+
+
+def test_policy_that_wants_another_state_is_refused(act_folder):
+    policy = PolicyFolder(act_folder, "cpu", 32)
+    with pytest.raises(ValueError, match=r"wants states of shape \(2,\), this suite has \(4,\)"):
+        policy.act(np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 4), np.float32), ["push"])
 
 
 def test_policy_of_another_image_size_is_refused(act_folder):

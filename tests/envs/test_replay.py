@@ -6,6 +6,7 @@ import pytest
 
 from envs import demos, replay
 from envs.shards import make_env
+from lapa.schema import DemosConfig
 
 TOLERANCE_M = 0.01
 
@@ -20,20 +21,16 @@ def open_dataset(folder):
 def play(tmp_path_factory):
     """Play without noise, so that idle actions are exactly zero."""
     folder = tmp_path_factory.mktemp("play")
-    cfg = SimpleNamespace(
+    cfg = DemosConfig(
         output_dir=str(folder),
-        families=["reach"],
         num_episodes=8,
         seed=3,
-        split="train",
         image_size=32,
         num_blocks_min=2,
         num_blocks_max=3,
-        variant="default",
         action_noise_m=0.0,
         play=True,
         video=False,
-        mp4=False,
         num_workers=1,
     )
     demos.run(cfg)
