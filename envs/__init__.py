@@ -21,3 +21,5 @@ FAMILIES = {
 for _family, _id in FAMILIES.items():
     if _id not in gymnasium.registry:
         gymnasium.register(_id, entry_point="envs.tabletop:TabletopEnv", kwargs={"family": _family})
+
+import envs.gripper  # noqa: E402, F401  registers its environments too

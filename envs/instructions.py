@@ -48,6 +48,17 @@ TRAIN_TEMPLATES = {
         "{verb} the {block} away from the {target}",
         "{verb} the {block} and the {target} apart",
     ),
+    "pick": ("pick up the {block}", "lift the {block}", "grasp the {block} and lift it", "take the {block}"),
+    "place": (
+        "put the {block} on the {target}",
+        "place the {block} on the {target}",
+        "lay the {block} down on the {target}",
+    ),
+    "stack": (
+        "stack the {block} on the {target}",
+        "put the {block} on top of the {target}",
+        "place the {block} on the {target}",
+    ),
 }
 HELD_OUT_TEMPLATES = {
     "reach": ("bring the tip over to the {block}", "the {block} is where to go"),
@@ -56,6 +67,9 @@ HELD_OUT_TEMPLATES = {
     "block_to_side": ("the {block} should be {side} the {target}", "bring the {block} over, {side} the {target}"),
     "block_to_relative": ("the {block} should go {direction}", "shift the {block} further {direction}"),
     "separate_blocks": ("make room between the {block} and the {target}", "take the {block} off the {target}"),
+    "pick": ("raise the {block} off the table", "the {block} should be in the air"),
+    "place": ("the {block} belongs on the {target}", "bring the {block} over onto the {target}"),
+    "stack": ("the {block} should sit on the {target}", "build a tower with the {block} on the {target}"),
 }
 
 
