@@ -1,8 +1,17 @@
 """LeRobot imports this module at start-up, by its name's prefix: it registers the policy, environments and robots."""
 
+from envs.config_gripper import GripperConfig
+from envs.config_simulated_gripper import SimulatedGripperConfig
 from envs.config_simulated_tabletop import SimulatedTabletopConfig
 from envs.config_tabletop import TabletopConfig
 from policies.lapa.configuration_lapa import LapaConfig
 from policies.serving.config_safe_robot import SafeRobotConfig
 
-__all__ = ["LapaConfig", "SafeRobotConfig", "SimulatedTabletopConfig", "TabletopConfig"]
+__all__ = [
+    "GripperConfig",
+    "LapaConfig",
+    "SafeRobotConfig",
+    "SimulatedGripperConfig",
+    "SimulatedTabletopConfig",
+    "TabletopConfig",
+]

@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 SUITES = {
     "tabletop": "envs.tabletop_suite",
+    "gripper": "envs.gripper.suite",
 }
 
 
