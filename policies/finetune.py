@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.utils.constants import ACTION, OBS_IMAGE
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,10 +47,16 @@ def run(cfg: FinetuneConfig) -> dict:
     chunks, is_pad = chunks[:num_frames], is_pad[:num_frames]
     assert store.actions is not None
     demo_actions = store.actions[:num_frames]
+    if cfg.use_state and store.states is None:
+        raise ValueError(f"{cfg.data} has no observation.state: record the robot's state, or set use_state=false")
+    states = store.states[:num_frames] if cfg.use_state and store.states is not None else None
 
     camera_key = image_key(Path(cfg.data).expanduser())
+    input_features = {camera_key: PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size))}
+    if states is not None:
+        input_features[OBS_STATE] = PolicyFeature(FeatureType.STATE, (states.shape[1],))
     config = LapaConfig(
-        input_features={camera_key: PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size))},
+        input_features=input_features,
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (demo_actions.shape[1],))},
         device=str(compute.device),
         push_to_hub=False,
@@ -63,6 +69,8 @@ def run(cfg: FinetuneConfig) -> dict:
         action_head=cfg.action_head,
         num_bins=cfg.num_bins,
         num_sampling_steps=cfg.num_sampling_steps,
+        use_state=cfg.use_state,
+        state_dropout=cfg.state_dropout,
         optimizer_lr=cfg.training.learning_rate,
         optimizer_weight_decay=cfg.training.weight_decay,
         scheduler_warmup_steps=cfg.training.warmup_steps,
@@ -78,6 +86,11 @@ def run(cfg: FinetuneConfig) -> dict:
     else:
         policy.model.trunk.text_encoder.fit(store.instructions[:num_episodes], cfg.training.seed)
     statistics = {ACTION: {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}}
+    if states is not None:
+        state_std = states.std(0)
+        # A number that never changed keeps its unit: divided by nothing, the least change would be enormous.
+        state_std = np.where(state_std > 1e-6, state_std, 1.0).astype(np.float32)
+        statistics[OBS_STATE] = {"mean": torch.from_numpy(states.mean(0)), "std": torch.from_numpy(state_std)}
     preprocessor, postprocessor = make_lapa_pre_post_processors(config, statistics)
     head = policy.model.action_head
     if isinstance(head, BinnedActionHead):
@@ -90,14 +103,15 @@ def run(cfg: FinetuneConfig) -> dict:
     def make_batch(rng: np.random.Generator) -> dict[str, Any]:
         frames = rng.choice(num_frames, cfg.training.batch_size)[distributed.shard(cfg.training.batch_size)]
         pixels = random_shift(store.frames[frames], cfg.random_shift_pixels, distributed.own_generator(rng))
-        return preprocessor(
-            {
-                camera_key: to_float(pixels),
-                ACTION: torch.from_numpy(chunks[frames]),
-                "action_is_pad": torch.from_numpy(is_pad[frames]).to(compute.device),
-                "task": [store.instructions[episode] for episode in episode_of_frame[frames]],
-            }
-        )
+        batch = {
+            camera_key: to_float(pixels),
+            ACTION: torch.from_numpy(chunks[frames]),
+            "action_is_pad": torch.from_numpy(is_pad[frames]).to(compute.device),
+            "task": [store.instructions[episode] for episode in episode_of_frame[frames]],
+        }
+        if states is not None:
+            batch[OBS_STATE] = torch.from_numpy(states[frames])
+        return preprocessor(batch)
 
     if compute.compile:
         policy.model.trunk.compile()

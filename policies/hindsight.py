@@ -145,6 +145,8 @@ def check(cfg: HindsightConfig) -> None:
     for name in ("num_backward_frames", "num_forward_frames", "num_distractors", "temperature"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"{name} is {getattr(cfg, name)}, expected more than 0")
+    if cfg.finetune.use_state:
+        raise ValueError("finetune.use_state is true, but labels come from what is seen: set finetune.use_state=false")
 
 
 def read_truths(cfg: HindsightConfig, num_episodes: int) -> list[str] | None:

@@ -1,13 +1,14 @@
 """The latent vision-language-action model: a trunk over instruction, image and action tokens, and its heads.
 
-    [ words | image tokens | readout, then latent action tokens ]
+    [ words | image tokens | robot state, readout, then latent action tokens ]
       see each other          see the prefix and what came before
 
 After arXiv 2410.11758: pretrained to predict latent actions, then the latent head is dropped and an action
-head reads the same readout token, or denoises a chunk of tokens that follow it.
+head reads the same readout token, or denoises a chunk of tokens that follow it. The robot's state, where it is used,
+comes behind the prefix, which stays what it was in pretraining on video.
 
 Shapes: B batch, W text ids, T text tokens or chunk size, I image tokens, L action tokens, S = T + I + L, D width,
-A action dimensions.
+A action dimensions, P state dimensions (proprioception).
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from lapa import schema
-from lapa.backbones.base import IMAGE, LATENT_ACTION, NO_BLOCK, ROBOT_ACTION, TEXT, Cache, Layout, build_backbone
+from lapa.backbones.base import (
+    IMAGE,
+    LATENT_ACTION,
+    NO_BLOCK,
+    PROPRIOCEPTION,
+    ROBOT_ACTION,
+    TEXT,
+    Cache,
+    Layout,
+    build_backbone,
+)
 from lapa.backbones.text import build_text_encoder
 from lapa.latent_vla.heads import (
     ActionHead,
@@ -30,6 +41,7 @@ from lapa.latent_vla.vision import build_image_tokenizer
 
 PREFIX_BLOCK = 0
 DENOISED_BLOCK = 1
+STATE_LIMIT = 10.0  # standard deviations from the mean
 
 
 class VisionLanguageTrunk(nn.Module):
@@ -70,7 +82,7 @@ class VisionLanguageTrunk(nn.Module):
         images_BCHW: Tensor,
         ids_BW: Tensor,
         action_BLD: Tensor,
-        modality: int,
+        modality: int | Tensor,
         cache: Cache | None = None,
         block: int | Tensor = NO_BLOCK,
         is_token_BL: Tensor | None = None,
@@ -80,8 +92,8 @@ class VisionLanguageTrunk(nn.Module):
         Args:
             images_BCHW: RGB in [0, 1], of the size the model was built for.
             ids_BW: of `encode_text`.
-            action_BLD: embedded action tokens, the readout first.
-            modality: LATENT_ACTION or ROBOT_ACTION.
+            action_BLD: embedded action tokens, the readout first, or behind the state.
+            modality: LATENT_ACTION or ROBOT_ACTION; (L,) int64 says it of each token.
             cache: filled with all of these tokens, for `extend`.
             block: DENOISED_BLOCK: the action tokens see each other both ways; (L,) int64 says it of each token.
             is_token_BL: bool, False for padding, which no token sees.
@@ -100,12 +112,12 @@ class VisionLanguageTrunk(nn.Module):
         self,
         before: Layout,
         action_BLD: Tensor,
-        modality: int,
+        modality: int | Tensor,
         block: int | Tensor = NO_BLOCK,
         is_token_BL: Tensor | None = None,
     ) -> Layout:
         """Action tokens that follow the tokens of `before`."""
-        modality_ids_BL = torch.full(action_BLD.shape[:2], modality, device=action_BLD.device)
+        modality_ids_BL = torch.as_tensor(modality, device=action_BLD.device).expand(action_BLD.shape[:2])
         return Layout.of(
             modality_ids_BL,
             block_ids_BS=torch.as_tensor(block, device=action_BLD.device).expand_as(modality_ids_BL),
@@ -179,41 +191,109 @@ class ContinuousLatentModel(nn.Module):
         return self.latent_head(self.hidden(images_BCHW, ids_BW))
 
 
-class ActionModel(nn.Module):
+class StateToken(nn.Module):
+    """The robot's state as a token: the readout token once more, and what a linear layer adds to it.
+
+    The layer begins at zero, so that at first a pretrained trunk sees its own readout twice and no state at all.
+
+    Args:
+        dropout: share of the samples in training whose state is hidden, a cure for policies that copy it.
+    """
+
+    def __init__(self, state_dim: int, width: int, dropout: float = 0.0):
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"state_dropout is {dropout}, expected a share of at least 0 and less than 1")
+        self.state_dim, self.dropout = state_dim, dropout
+        self.projection = nn.Linear(state_dim, width)
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, state_BP: Tensor | None, readout_D: Tensor) -> Tensor:
+        """(B, 1, D) for normalised states; ValueError where there are none, or of another size.
+
+        A joint that hardly moved in the data is cut off at STATE_LIMIT where it moves on the robot.
+        """
+        if state_BP is None or state_BP.ndim != 2 or state_BP.shape[1] != self.state_dim:
+            found = None if state_BP is None else tuple(state_BP.shape)
+            raise ValueError(f"the state is {found}, this policy was trained with (B, {self.state_dim})")
+        added_BD = self.projection(state_BP.clamp(-STATE_LIMIT, STATE_LIMIT))
+        if self.training and self.dropout:
+            is_hidden_B = (torch.rand(len(state_BP)) < self.dropout).to(added_BD.device)
+            added_BD = added_BD.masked_fill(is_hidden_B[:, None], 0)
+        return (readout_D + added_BD)[:, None]
+
+
+class TrunkWithState(nn.Module):
+    """What action models share: the trunk, a head, and the tokens that come before actions.
+
+    Args:
+        state_token: of a model that reads the robot's state; None: image and instruction are all it knows.
+    """
+
+    def __init__(self, trunk: VisionLanguageTrunk, action_head: ActionHead, state_token: StateToken | None = None):
+        super().__init__()
+        self.trunk = trunk
+        self.action_head = action_head
+        self.state_token = state_token
+
+    def opening(self, batch_size: int, state_BP: Tensor | None) -> tuple[Tensor, list[int]]:
+        """The tokens (B, 1 or 2, D) that come before actions, and their modalities: the readout, behind the state."""
+        readout_B1D = self.trunk.readout.expand(batch_size, 1, -1)
+        if self.state_token is None:
+            return readout_B1D, [ROBOT_ACTION]
+        state_B1D = self.state_token(state_BP, self.trunk.readout)
+        return torch.cat([state_B1D, readout_B1D.to(state_B1D.dtype)], dim=1), [PROPRIOCEPTION, ROBOT_ACTION]
+
+    def hidden(
+        self, images_BCHW: Tensor, ids_BW: Tensor, state_BP: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The readout token's hidden state (B, D)."""
+        tokens_BLD, modalities = self.opening(len(ids_BW), state_BP)
+        return self.trunk(images_BCHW, ids_BW, tokens_BLD, torch.tensor(modalities), cache)[:, -1]
+
+
+class ActionModel(TrunkWithState):
     """Trunk and action head: what finetuning trains and a policy runs."""
 
-    def __init__(self, trunk: VisionLanguageTrunk, action_head: ReadoutActionHead):
-        super().__init__()
-        self.trunk = trunk
-        self.action_head = action_head
-
-    def hidden(self, images_BCHW: Tensor, ids_BW: Tensor) -> Tensor:
-        """The readout token's hidden state (B, D)."""
-        readout_BLD = self.trunk.readout.expand(len(ids_BW), 1, -1)
-        return self.trunk(images_BCHW, ids_BW, readout_BLD, ROBOT_ACTION)[:, 0]
+    action_head: ReadoutActionHead
 
     def loss(
-        self, images_BCHW: Tensor, ids_BW: Tensor, actions_BTA: Tensor, is_pad_BT: Tensor
+        self,
+        images_BCHW: Tensor,
+        ids_BW: Tensor,
+        actions_BTA: Tensor,
+        is_pad_BT: Tensor,
+        state_BP: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss a sample (B,) and numbers to log, for normalised actions (B, T, A)."""
-        loss_B, numbers = self.action_head.loss(self.hidden(images_BCHW, ids_BW), actions_BTA, is_pad_BT)
+        """Loss a sample (B,) and numbers to log, for normalised actions (B, T, A) and states (B, P)."""
+        hidden_BD = self.hidden(images_BCHW, ids_BW, state_BP)
+        loss_B, numbers = self.action_head.loss(hidden_BD, actions_BTA, is_pad_BT)
         return with_auxiliary(loss_B, numbers, self.trunk)
 
-    def decode(self, images_BCHW: Tensor, ids_BW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def decode(
+        self,
+        images_BCHW: Tensor,
+        ids_BW: Tensor,
+        generator: torch.Generator | None = None,
+        state_BP: Tensor | None = None,
+    ) -> Tensor:
         """Normalised actions (B, T, A), without sampling: the generator is not used."""
-        return self.action_head.decode(self.hidden(images_BCHW, ids_BW))
+        return self.action_head.decode(self.hidden(images_BCHW, ids_BW, state_BP))
 
 
-class DenoisingActionModel(nn.Module):
+class DenoisingActionModel(TrunkWithState):
     """Trunk and denoising head: the chunk's tokens follow the readout, as one block that sees itself both ways."""
 
-    def __init__(self, trunk: VisionLanguageTrunk, action_head: DenoisingActionHead):
-        super().__init__()
-        self.trunk = trunk
-        self.action_head = action_head
+    action_head: DenoisingActionHead
 
     def loss(
-        self, images_BCHW: Tensor, ids_BW: Tensor, actions_BTA: Tensor, is_pad_BT: Tensor
+        self,
+        images_BCHW: Tensor,
+        ids_BW: Tensor,
+        actions_BTA: Tensor,
+        is_pad_BT: Tensor,
+        state_BP: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the prediction a sample (B,) and numbers to log, for normalised actions (B, T, A).
 
@@ -223,27 +303,35 @@ class DenoisingActionModel(nn.Module):
         time_B = head.process.draw_times(len(actions_BTA)).to(actions_BTA.device)
         noise_BTA = torch.randn_like(actions_BTA)
         tokens_BTD = head.tokens(head.process.corrupt(actions_BTA, noise_BTA, time_B), time_B)
-        readout_B1D = self.trunk.readout.to(tokens_BTD.dtype).expand(len(ids_BW), 1, -1)
+        opening_BLD, modalities = self.opening(len(ids_BW), state_BP)
+        num_before = len(modalities)
+        is_opening_BL = torch.ones_like(is_pad_BT[:, :1]).expand(-1, num_before)
         hidden_BLD = self.trunk(
             images_BCHW,
             ids_BW,
-            torch.cat([readout_B1D, tokens_BTD], dim=1),
-            ROBOT_ACTION,
-            block=torch.tensor([NO_BLOCK] + [DENOISED_BLOCK] * head.chunk_size),
-            is_token_BL=torch.cat([torch.ones_like(is_pad_BT[:, :1]), ~is_pad_BT], dim=1),
+            torch.cat([opening_BLD.to(tokens_BTD.dtype), tokens_BTD], dim=1),
+            torch.tensor(modalities + [ROBOT_ACTION] * head.chunk_size),
+            block=torch.tensor([NO_BLOCK] * num_before + [DENOISED_BLOCK] * head.chunk_size),
+            is_token_BL=torch.cat([is_opening_BL, ~is_pad_BT], dim=1),
         )
         target_BTA = head.process.target(actions_BTA, noise_BTA)
-        error_BT = (head.read(hidden_BLD[:, 1:]) - target_BTA).square().mean(-1)
+        error_BT = (head.read(hidden_BLD[:, num_before:]) - target_BTA).square().mean(-1)
         loss_B = masked_mean(error_BT, is_pad_BT)
         return with_auxiliary(loss_B, {"denoising_loss": loss_B.detach().mean()}, self.trunk)
 
     @torch.no_grad()
-    def decode(self, images_BCHW: Tensor, ids_BW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def decode(
+        self,
+        images_BCHW: Tensor,
+        ids_BW: Tensor,
+        generator: torch.Generator | None = None,
+        state_BP: Tensor | None = None,
+    ) -> Tensor:
         """Normalised actions (B, T, A).
 
         Args:
             generator: of the noise, on the CPU. None: every row starts from the same fixed noise, so that the chunk
-                depends on image and instruction alone.
+                depends on the observation alone.
         """
         head, batch = self.action_head, len(ids_BW)
         if generator is None:
@@ -252,7 +340,7 @@ class DenoisingActionModel(nn.Module):
         else:
             start_BTA = torch.randn(batch, head.chunk_size, head.action_dim, generator=generator)
         cache = Cache()
-        self.trunk(images_BCHW, ids_BW, self.trunk.readout.expand(batch, 1, -1), ROBOT_ACTION, cache)
+        self.hidden(images_BCHW, ids_BW, state_BP, cache)
         prefix_length = cache.length
 
         def predict(noised_BTA: Tensor, time_B: Tensor) -> Tensor:
@@ -265,11 +353,13 @@ class DenoisingActionModel(nn.Module):
         return head.process.sample(predict, start_BTA, head.num_sampling_steps, head.limit_A, generator)
 
 
-def build_action_model(trunk: VisionLanguageTrunk, action_head: ActionHead) -> ActionModel | DenoisingActionModel:
+def build_action_model(
+    trunk: VisionLanguageTrunk, action_head: ActionHead, state_token: StateToken | None = None
+) -> ActionModel | DenoisingActionModel:
     """The model that runs this head."""
     if isinstance(action_head, DenoisingActionHead):
-        return DenoisingActionModel(trunk, action_head)
-    return ActionModel(trunk, action_head)
+        return DenoisingActionModel(trunk, action_head, state_token)
+    return ActionModel(trunk, action_head, state_token)
 
 
 def build_trunk(

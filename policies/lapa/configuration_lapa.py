@@ -14,12 +14,15 @@ DEFAULTS = FinetuneConfig()
 @PreTrainedConfig.register_subclass("lapa")
 @dataclass
 class LapaConfig(PreTrainedConfig):
-    """Image and instruction to a chunk of actions (arXiv 2410.11758).
+    """Image and instruction, and the robot's state if wanted, to a chunk of actions (arXiv 2410.11758).
 
     backbone, text: the fields of one of `lapa.schema`'s backbones and text encoders, `name` among them.
     action_head: chunk (continuous), bins (quantile bins), diffusion or flow (sampled chunks).
     num_sampling_steps: from noise to a chunk, where action_head is diffusion or flow.
     n_action_steps: actions of a chunk that are executed before the policy looks again.
+    use_state: also read observation.state, normalised by mean and standard deviation unless normalization_mapping
+        names another way.
+    state_dropout: share of the samples in training whose state is hidden.
     """
 
     n_obs_steps: int = 1
@@ -33,6 +36,8 @@ class LapaConfig(PreTrainedConfig):
     action_head: str = DEFAULTS.action_head
     num_bins: int = DEFAULTS.num_bins
     num_sampling_steps: int = DEFAULTS.num_sampling_steps
+    use_state: bool = DEFAULTS.use_state
+    state_dropout: float = DEFAULTS.state_dropout
 
     # Images reach the model in [0, 1]; its own first layer centres them.
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -55,6 +60,9 @@ class LapaConfig(PreTrainedConfig):
             )
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps is {self.n_obs_steps}: this policy sees one frame, set it to 1")
+        if self.use_state and self.normalization_mapping.get("STATE") in (None, NormalizationMode.IDENTITY):
+            # A state that is not read may come as it is, and the data set need not know its statistics.
+            self.normalization_mapping = self.normalization_mapping | {"STATE": NormalizationMode.MEAN_STD}
 
     def validate_features(self) -> None:
         if not self.image_features:
@@ -64,6 +72,11 @@ class LapaConfig(PreTrainedConfig):
             )
         if self.action_feature is None:
             raise ValueError(f"this policy needs the output `action`, got {sorted(self.output_features or {})}")
+        if self.use_state and self.robot_state_feature is None:
+            raise ValueError(
+                f"use_state needs observation.state among the inputs, got {sorted(self.input_features or {})}: "
+                "record the robot's state, or set use_state=false"
+            )
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(lr=self.optimizer_lr, weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0)

@@ -1,6 +1,6 @@
 """The LAPA policy: image and instruction to action chunks, behind LeRobot's policy interface.
 
-Shapes: B batch, C channels, H W pixels, T chunk size, A action dimensions.
+Shapes: B batch, C channels, H W pixels, T chunk size, A action dimensions, P state dimensions.
 """
 
 from collections import deque
@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from lapa import schema
 from lapa.latent_vla.heads import build_action_head
-from lapa.latent_vla.model import build_action_model, build_trunk
+from lapa.latent_vla.model import StateToken, build_action_model, build_trunk
 from lapa.trainer import parameter_groups
 from policies.lapa.configuration_lapa import LapaConfig
 from policies.lapa.real_time import blend_chunks
@@ -26,8 +26,8 @@ P = TypeVar("P", bound="LapaPolicy")
 class LapaPolicy(PreTrainedPolicy):
     """Latent action pretraining's policy (arXiv 2410.11758).
 
-    A batch holds images (B, C, H, W) in [0, 1] under the configured key, `task`: B strings, and in training
-    `action` (B, T, A), normalised, with `action_is_pad` (B, T).
+    A batch holds images (B, C, H, W) in [0, 1] under the configured key, `task`: B strings, with config.use_state
+    `observation.state` (B, P), normalised, and in training `action` (B, T, A), normalised, with `action_is_pad` (B, T).
     """
 
     config_class = LapaConfig
@@ -52,7 +52,11 @@ class LapaPolicy(PreTrainedPolicy):
             config.num_bins,
             config.num_sampling_steps,
         )
-        self.model = build_action_model(trunk, head)
+        state_token = None
+        if config.use_state:
+            assert config.robot_state_feature is not None
+            state_token = StateToken(config.robot_state_feature.shape[0], trunk.width, config.state_dropout)
+        self.model = build_action_model(trunk, head, state_token)
         self.reset()
 
     @classmethod
@@ -69,12 +73,12 @@ class LapaPolicy(PreTrainedPolicy):
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """Loss, a scalar or with reduction="none" one a sample (B,), and numbers to log."""
-        images_BCHW, ids_BW = self._inputs(batch)
+        images_BCHW, ids_BW, state_BP = self._inputs(batch)
         actions_BTA = batch[ACTION]
         is_pad_BT = batch.get("action_is_pad")
         if is_pad_BT is None:
             is_pad_BT = torch.zeros(actions_BTA.shape[:2], dtype=torch.bool, device=actions_BTA.device)
-        loss_B, numbers = self.model.loss(images_BCHW, ids_BW, actions_BTA, is_pad_BT)
+        loss_B, numbers = self.model.loss(images_BCHW, ids_BW, actions_BTA, is_pad_BT, state_BP)
         to_log = {name: float(value) for name, value in numbers.items()}
         if reduction == "none":
             return loss_B, to_log
@@ -96,7 +100,8 @@ class LapaPolicy(PreTrainedPolicy):
             inference_delay, prev_chunk_left_over: of real-time chunking, see `blend_chunks`.
         """
         self.eval()
-        chunk_BTA = self.model.decode(*self._inputs(batch), generator)
+        images_BCHW, ids_BW, state_BP = self._inputs(batch)
+        chunk_BTA = self.model.decode(images_BCHW, ids_BW, generator, state_BP)
         return blend_chunks(chunk_BTA, prev_chunk_left_over, inference_delay)
 
     def supports_rtc(self) -> bool:
@@ -115,11 +120,11 @@ class LapaPolicy(PreTrainedPolicy):
         return {
             "target_modules": r"model\.trunk\.backbone\..*\."
             r"(query_key_value|output|gate_up|down|[qkvo]_proj|(gate|up|down)_proj)",
-            "modules_to_save": ["action_head"],
+            "modules_to_save": ["action_head", *(["state_token"] if self.config.use_state else [])],
         }
 
-    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) of the model's size, and text ids (B, W)."""
+    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images (B, C, H, W) of the model's size, text ids (B, W), and states (B, P) where the policy reads them."""
         key = next(iter(self.config.image_features))
         if key not in batch:
             raise ValueError(f"the batch has no {key!r}, only {sorted(batch)}: map the camera with rename_map")
@@ -134,4 +139,12 @@ class LapaPolicy(PreTrainedPolicy):
         size = (self.config.image_size, self.config.image_size)
         if images_BCHW.shape[-2:] != size:
             images_BCHW = F.interpolate(images_BCHW, size, mode="bilinear", antialias=True)
-        return images_BCHW, self.model.trunk.encode_text(tasks).to(images_BCHW.device)
+        state_BP = None
+        if self.config.use_state:
+            if OBS_STATE not in batch:
+                raise ValueError(
+                    f"the batch has no {OBS_STATE!r}, only {sorted(batch)}: this policy has use_state=true and "
+                    "needs the robot's state"
+                )
+            state_BP = batch[OBS_STATE]
+        return images_BCHW, self.model.trunk.encode_text(tasks).to(images_BCHW.device), state_BP

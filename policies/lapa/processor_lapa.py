@@ -1,12 +1,19 @@
-"""What happens to a batch before and after the LAPA policy: batching, device, action statistics."""
+"""What happens to a batch before and after the LAPA policy: batching, device, statistics of action and state."""
 
 from typing import Any
 
 import torch
+from lerobot.configs import NormalizationMode
 from lerobot.processor import PolicyAction, PolicyProcessorPipeline, make_default_pre_post_processors
-from lerobot.utils.constants import ACTION
 
 from policies.lapa.configuration_lapa import LapaConfig
+
+STATISTICS = {
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
 
 
 def make_lapa_pre_post_processors(
@@ -19,15 +26,18 @@ def make_lapa_pre_post_processors(
 ]:
     """Pipelines for a new policy; `task` strings pass through, the policy reads them itself.
 
-    Raises ValueError where the statistics of the action are missing, which LeRobot's normaliser would skip.
+    Raises ValueError where the statistics of what is normalised (action, state) are missing, which LeRobot's normaliser
+    would skip.
     """
     if dataset_stats is None and dataset_meta is not None:
         dataset_stats = dataset_meta.stats
-    action_stats = (dataset_stats or {}).get(ACTION, {})
-    missing = [name for name in ("mean", "std") if name not in action_stats]
-    if missing:
-        raise ValueError(
-            f"the action statistics {missing} are missing, the policy would act in wrong units: pass "
-            "dataset_stats=dataset.meta.stats, or pretrained_path=<policy folder> to load saved ones"
-        )
+    for key, feature in ((config.input_features or {}) | (config.output_features or {})).items():
+        mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
+        known = (dataset_stats or {}).get(key, {})
+        missing = [name for name in STATISTICS.get(mode, ()) if name not in known]
+        if missing:
+            raise ValueError(
+                f"the {key} statistics {missing} are missing, the policy would work in wrong units: pass "
+                "dataset_stats=dataset.meta.stats, or pretrained_path=<policy folder> to load saved ones"
+            )
     return make_default_pre_post_processors(config, dataset_stats, normalizer_device=config.device)
