@@ -1,6 +1,7 @@
 """LeRobot imports this module at start-up, by its name's prefix: it registers the policy, environments and robots."""
 
 from envs.config_gripper import GripperConfig
+from envs.config_metaworld import MetaWorldConfig
 from envs.config_simulated_gripper import SimulatedGripperConfig
 from envs.config_simulated_tabletop import SimulatedTabletopConfig
 from envs.config_tabletop import TabletopConfig
@@ -10,6 +11,7 @@ from policies.serving.config_safe_robot import SafeRobotConfig
 __all__ = [
     "GripperConfig",
     "LapaConfig",
+    "MetaWorldConfig",
     "SafeRobotConfig",
     "SimulatedGripperConfig",
     "SimulatedTabletopConfig",

@@ -23,7 +23,7 @@ from envs.suites import choose, load_suite
 from envs.workers import worker_pool
 
 # What a folder that is older than these options was made with.
-NEWER_OPTIONS = {"play": False, "suite": "tabletop", "action_noise_share": 0.0}
+NEWER_OPTIONS = {"play": False, "suite": "tabletop", "action_noise_share": 0.0, "action_repeat": 0}
 
 
 def run(cfg) -> dict:
@@ -60,6 +60,7 @@ def run(cfg) -> dict:
         mp4=cfg.mp4,
         play=cfg.play,
         suite=suite,
+        action_repeat=cfg.action_repeat,
         action_noise_share=cfg.action_noise_share if "action_noise_share" in understood else 0.0,
     )
     output_dir = Path(cfg.output_dir).expanduser()

@@ -1,8 +1,9 @@
 """`lapa evaluate`: the success of any LeRobot policy in a simulated suite, on paired initial states.
 
 output_dir/
-    episodes.jsonl  one line an episode, written batch by batch: family (the task), index, seed, split and variant
-                    where the suite has them, instruction, success, steps, return, and error where the simulator failed
+    episodes.jsonl  one line an episode, written batch by batch: family (the task), index, seed, split, variant and
+                    action_repeat where the suite has them, instruction, success, steps, return, and error where the
+                    simulator failed
     results.json    success with its 95% Wilson interval, a task and overall
     videos/         the first episodes of every task, with their instruction
 
@@ -99,7 +100,11 @@ def evaluate(policy: Policy | None, cfg) -> dict:
 
 def suite_options(suite: str, cfg) -> dict:
     """The options that say which world it was, of a suite that has several."""
-    return {name: getattr(cfg, name) for name in ("split", "variant") if name in load_suite(suite).UNDERSTOOD}
+    return {
+        name: getattr(cfg, name)
+        for name in ("split", "variant", "action_repeat")
+        if name in load_suite(suite).UNDERSTOOD
+    }
 
 
 class TaskEnvs:

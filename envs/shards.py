@@ -47,6 +47,7 @@ class ShardOptions:
     play: bool = False
     suite: str = "tabletop"
     action_noise_share: float = 0.0  # of half the range of each action
+    action_repeat: int = 0
 
     @property
     def num_blocks_min(self) -> int:

@@ -17,6 +17,7 @@ from gymnasium import spaces
 SUITES = {
     "tabletop": "envs.tabletop_suite",
     "gripper": "envs.gripper.suite",
+    "metaworld": "envs.metaworld_suite",
 }
 
 
@@ -80,12 +81,12 @@ class Suite(Protocol):
     def make_env(self, task: str, image_size: int, **options: Any) -> SuiteEnv:
         """An environment of one task; options are those of ENV_OPTIONS that the suite understands.
 
-        Raises ImportError with the install command where the suite's packages are missing.
+        Raises ValueError with the install command where the suite's packages are missing.
         """
 
 
 # Options of the stages that only some suites understand: for making an environment, and for what is done with it.
-ENV_OPTIONS = ("split", "variant", "num_blocks_min", "num_blocks_max", "play")
+ENV_OPTIONS = ("split", "variant", "num_blocks_min", "num_blocks_max", "play", "action_repeat")
 OPTIONS = (*ENV_OPTIONS, "families", "action_noise_m", "action_noise_share")
 
 

@@ -43,6 +43,8 @@ def launch(verb: str, options: list[str]) -> None:
     is_multirun = bool({"--multirun", "-m"} & set(options))
     overrides = [option for option in options if "=" in option and not option.startswith("-")]
     flags = [option for option in options if option not in overrides]
+    if not is_multirun:
+        overrides = [quote_tasks(override) for override in overrides]
     if is_multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # A job that fails in one process would pair it with the next job of the others.
         print("lapa: --multirun and torchrun exclude each other: start the jobs one by one", file=sys.stderr)
@@ -83,6 +85,11 @@ def launch(verb: str, options: list[str]) -> None:
         print("\n".join(f"  {name}" for name in failures), file=sys.stderr)
         print("Their messages are above; the same command runs them again and skips what is complete", file=sys.stderr)
         sys.exit(2)
+
+
+def quote_tasks(override: str) -> str:
+    """`env=suite/task,task` as one text for Hydra, which takes a comma outside quotes for a sweep."""
+    return re.sub(r"^((?:\w+\.)*env)=([^'\"\[]*,[^'\"]*)$", r"\1='\2'", override)
 
 
 def report_failure(verb: str, error: Exception) -> None:

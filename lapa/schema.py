@@ -57,6 +57,7 @@ class DemosConfig:
     num_blocks_min: int = 4
     num_blocks_max: int = 8
     variant: str = "default"
+    action_repeat: int = 0  # simulator steps per action (metaworld); 0: the suite's own
     action_noise_m: float = 0.004  # standard deviation of the expert's disturbance, per step
     action_noise_share: float = 0.1  # the same where actions are no metres: a share of half of each one's range
     play: bool = False  # dawdling (pauses, detours, ways back) to goals that the data set does not tell
@@ -841,6 +842,7 @@ class EvaluateConfig:
     num_blocks_min: int = 4
     num_blocks_max: int = 8
     variant: str = "default"
+    action_repeat: int = 0  # simulator steps per action (metaworld); 0: the suite's own
     num_envs: int = 25  # that step together, as one batch of the policy
     num_videos: int = 4  # a task
     num_workers: int = 1  # processes that evaluate batches side by side, each with its own copy of the policy

@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import av
@@ -196,16 +197,30 @@ def test_any_lerobot_policy_folder_can_be_evaluated(act_folder, tmp_path):
     assert read(tmp_path / "a") == read(tmp_path / "b")
 
 
-def test_workers_find_what_one_process_does(act_folder, tmp_path):
+class Wanders(StandStill):
+    """Draws from torch's global generator, as a policy with a diffusion head does."""
+
+    def act(self, frames, states, instructions):
+        import torch
+
+        return (0.02 * torch.randn(len(frames), 2)).numpy()
+
+
+def test_workers_find_what_one_process_does(tmp_path, monkeypatch):
+    # A thread for a process: a spawned one takes half a minute to import what a policy needs.
+    monkeypatch.setattr(evaluate, "worker_pool", lambda num_workers: ThreadPoolExecutor(1))
+    monkeypatch.setattr(evaluate, "PolicyFolder", lambda *arguments: Wanders())
+    monkeypatch.setattr(evaluate, "set_num_threads", lambda num_threads: None)
     for num_workers in (1, 2):
-        output_dir = tmp_path / str(num_workers)
-        evaluate.run(config(output_dir, policy=str(act_folder), num_episodes=4, num_workers=num_workers))
-    assert len(read(tmp_path / "1")) == 8
+        evaluate.run(config(tmp_path / str(num_workers), num_workers=num_workers))
+    evaluate.policy_of_worker.cache_clear()
+    assert len(read(tmp_path / "1")) == 10
     assert read(tmp_path / "1") == read(tmp_path / "2")
     assert len(list((tmp_path / "2" / "videos").iterdir())) == 2
 
 
-def test_wrong_policy_is_told_by_the_workers_too(tmp_path):
+def test_wrong_policy_is_told_by_the_workers_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "worker_pool", lambda num_workers: ThreadPoolExecutor(1))
     with pytest.raises(ValueError, match="is no LeRobot policy"):
         evaluate.run(config(tmp_path / "out", policy=str(tmp_path), num_workers=2))
 

@@ -57,6 +57,12 @@ def test_experiment_is_applied_over_the_defaults_from_any_directory(tmp_path):
     assert not list(tmp_path.iterdir()), "composing a configuration writes nothing"
 
 
+def test_tasks_of_a_suite_are_separated_by_commas():
+    done = run("evaluate", "env=metaworld/push-v3,reach-v3", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert "env: metaworld/push-v3,reach-v3" in done.stdout
+
+
 def test_a_sweep_in_several_processes_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stopped:
