@@ -382,10 +382,21 @@ class GroundingHead:
 
 
 @dataclass
+class MixturePart:
+    """One data set of several; on the command line: mixture='[{path: a, weight: 2}, {path: b}]'."""
+
+    path: str = MISSING  # a LeRobotDataset v3 folder or a frame store written by `lapa ingest`
+    weight: float = 1.0  # its share of a batch, as a share of all weights
+    labels: str | None = None  # of these data (pretrain)
+    embodiment: str = ""  # the robot (finetune): each gets statistics, action head and policy folder of its own
+
+
+@dataclass
 class PairData:
     """Frame pairs (t, t + gap) from clips; never across clips, never of gap zero."""
 
-    path: str = MISSING  # a LeRobotDataset v3 folder or a frame store written by `lapa ingest`
+    path: str | None = None  # a LeRobotDataset v3 folder or a frame store written by `lapa ingest`
+    mixture: list[MixturePart] = field(default_factory=list)  # several data sets, in place of path: docs/mixtures.md
     frame_gap_s: float = 0.4
     frame_gap_frames: int | None = None  # states the gap in frames, for clips whose clock is not real time
     holdout_fraction: float = 0.1  # of the episodes; never trained on, every metric is measured there
@@ -706,7 +717,10 @@ class PretrainConfig:
     """`lapa pretrain`: image and instruction to latent actions (or to true actions: ActionVLA)."""
 
     output_dir: str = MISSING
-    data: str = MISSING
+    data: str | None = None
+    mixture: list[MixturePart] = field(
+        default_factory=list
+    )  # several data sets, in place of data and labels: docs/mixtures.md
     target: str = "latent"  # latent | action (the upper bound, needs a data set with actions)
     labels: str | None = None  # folder of `lapa label`; needed for target=latent
     action_data: str | None = None  # `lapa run` only: the same episodes with actions, for the action_vla arm
@@ -746,7 +760,8 @@ class FinetuneConfig:
     """`lapa finetune`: a few robot demonstrations turn the pretrained model into a LeRobot policy."""
 
     output_dir: str = MISSING
-    data: str = MISSING
+    data: str | None = None
+    mixture: list[MixturePart] = field(default_factory=list)  # several data sets, in place of data: docs/mixtures.md
     pretrained: str | None = None  # folder of `lapa pretrain`; null: Scratch, the same model from random weights
     # Backbone, text encoder, image tokenizer and size: only for Scratch; otherwise the pretrained folder says.
     backbone: Backbone = MISSING
@@ -761,7 +776,7 @@ class FinetuneConfig:
     num_action_steps: int = 2  # of a chunk, before the policy looks again
     use_state: bool = False  # the policy also reads the robot's state (proprioception), observation.state of the data
     state_dropout: float = 0.0  # share of the samples in training whose state is hidden; policies like to copy it
-    num_episodes: int | None = None  # the first n episodes only; null: all
+    num_episodes: int | None = None  # the first n episodes only, of each data set; null: all
     pretrained_learning_rate_ratio: float = 0.05  # pretrained weights learn slower; a few demos would wreck them
     cache_dir: str | None = None
     training: Training = field(default_factory=lambda: Training(num_steps=150, learning_rate=2e-3, warmup_steps=20))

@@ -159,7 +159,11 @@ def refuse_other_inputs(output_dir: Path, record: dict, options: dict) -> None:
 def input_digests(options: dict) -> dict[str, str]:
     """Which run of a stage made each input folder: a digest of the `stage.json` in it or above it."""
     digests = {}
-    for name, value in flatten(options).items():
+    named = flatten(options)
+    for name, value in list(named.items()):
+        if isinstance(value, list):  # the data sets of a mixture
+            named |= flatten({f"{name}.{i}": entry for i, entry in enumerate(value) if isinstance(entry, dict)})
+    for name, value in named.items():
         if name == "output_dir" or not isinstance(value, str) or not value or not Path(value).is_dir():
             continue
         for folder in (Path(value), Path(value).parent):

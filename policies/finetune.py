@@ -4,27 +4,32 @@ The latent head is dropped and an action head takes its place (arXiv 2410.11758)
 actions keeps its head and its action statistics where they fit: with action_head=chunk, at the same chunk size. Bins
 and denoising heads are made of other weights than the linear head of pretraining, and begin anew.
 
+A mixture of several embodiments trains one trunk, with action statistics, an action head and a layer for the state of
+each robot's own; every robot gets a policy folder, complete in itself, in output_dir/<embodiment>/.
+
 Writes the policy folder (config.json, model.safetensors, policy_preprocessor.json, policy_postprocessor.json
 and their state), log.jsonl and metrics.json.
 """
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lapa import distributed
 from lapa.checkpoint import MODEL_FILE, load_config, read_json, write_json
-from lapa.data import action_chunks, open_frames, to_float
+from lapa.data import FrameStore, action_chunks, to_float
 from lapa.latent_vla.heads import BinnedActionHead, DenoisingActionHead
 from lapa.latent_vla.vision import random_shift
+from lapa.mixture import Mixture, concatenate, open_mixture
 from lapa.runtime import setup
 from lapa.schema import FinetuneConfig
 from lapa.trainer import finish, fit
@@ -33,32 +38,135 @@ from policies.lapa.modeling_lapa import LapaPolicy
 from policies.lapa.processor_lapa import make_lapa_pre_post_processors
 
 
+@dataclass(frozen=True)
+class Robot:
+    """One embodiment: a policy with its own statistics, action head and layer for the state, and its demonstrations.
+
+    first_frame: where the frames of `store` begin in the mixture. chunks (N, T, A) and is_pad (N, T) are of its frames,
+    states (N, P) too, or None where they are not read.
+    """
+
+    name: str
+    store: FrameStore
+    first_frame: int
+    chunks: np.ndarray
+    is_pad: np.ndarray
+    states: np.ndarray | None
+    policy: LapaPolicy
+    preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
+    keeps_head: bool
+
+    def batch(self, frames: np.ndarray, pixels: np.ndarray, device: torch.device) -> dict[str, Any]:
+        """A batch of its policy, of frames (B,) numbered in `store`."""
+        episodes = np.searchsorted(self.store.episode_offsets, frames, side="right") - 1
+        batch = {
+            next(iter(self.policy.config.image_features)): to_float(pixels),
+            ACTION: torch.from_numpy(self.chunks[frames]),
+            "action_is_pad": torch.from_numpy(self.is_pad[frames]).to(device),
+            "task": [self.store.instructions[episode] for episode in episodes],
+        }
+        if self.states is not None:
+            batch[OBS_STATE] = torch.from_numpy(self.states[frames])
+        return self.preprocessor(batch)
+
+
 def run(cfg: FinetuneConfig) -> dict:
     """Finetune and return the last training numbers; ValueError where data and pretrained folder do not fit."""
     compute = setup(cfg.runtime)
     pretrained = load_config(cfg.pretrained, made_by="pretrain") if cfg.pretrained else None
     image_size = pretrained["image_size"] if pretrained else cfg.image_size
-    store = open_frames(cfg.data, image_size, cfg.cache_dir)
-    num_episodes = store.num_episodes if cfg.num_episodes is None else cfg.num_episodes
-    if not 1 <= num_episodes <= store.num_episodes:
-        raise ValueError(f"num_episodes is {num_episodes}, {cfg.data} has {store.num_episodes}")
-    num_frames = int(store.episode_offsets[num_episodes])
-    chunks, is_pad = action_chunks(store, cfg.chunk_size)
-    chunks, is_pad = chunks[:num_frames], is_pad[:num_frames]
-    assert store.actions is not None
-    demo_actions = store.actions[:num_frames]
-    if cfg.use_state and store.states is None:
-        raise ValueError(f"{cfg.data} has no observation.state: record the robot's state, or set use_state=false")
-    states = store.states[:num_frames] if cfg.use_state and store.states is not None else None
+    mixture = open_mixture(cfg.data, cfg.mixture, image_size, cfg.cache_dir, num_episodes=cfg.num_episodes)
+    torch.manual_seed(cfg.training.seed)
+    robots: list[Robot] = []
+    for name in dict.fromkeys(part.embodiment for part in mixture.parts):
+        robots.append(build_robot(name, mixture, cfg, pretrained, robots, compute.device))
+    trunk = robots[0].policy.model.trunk
+    model = nn.ModuleDict({"trunk": trunk, "robots": nn.ModuleList(own_parts(robot.policy) for robot in robots)})
+    draw = mixture.sampler(np.arange(mixture.store.num_frames))
 
-    camera_key = image_key(Path(cfg.data).expanduser())
+    def make_batch(rng: np.random.Generator) -> list[tuple[Robot, dict[str, Any]]]:
+        frames = draw(rng, cfg.training.batch_size)[distributed.shard(cfg.training.batch_size)]
+        pixels = random_shift(mixture.store.frames[frames], cfg.random_shift_pixels, distributed.own_generator(rng))
+        batches = []
+        for robot in robots:
+            own = frames - robot.first_frame
+            is_own = (own >= 0) & (own < robot.store.num_frames)
+            if is_own.any():
+                batches.append((robot, robot.batch(own[is_own], pixels[is_own], compute.device)))
+        return batches
+
+    if compute.compile:
+        trunk.compile()
+    output_dir = Path(cfg.output_dir)
+    inherited = (["trunk."] if pretrained else []) + (["robots.0.action_head."] if robots[0].keeps_head else [])
+    numbers = fit(
+        model,
+        make_batch,
+        mean_loss,
+        cfg.training,
+        compute,
+        output_dir,
+        description="finetune",
+        learning_rate_ratios=dict.fromkeys(inherited, cfg.pretrained_learning_rate_ratio),
+    )
+    if not distributed.is_main():
+        return {}
+    for robot in robots:
+        folder = output_dir / robot.name
+        folder.mkdir(exist_ok=True)
+        write_json(
+            folder / "metrics.json",
+            {
+                "num_episodes": robot.store.num_episodes,
+                "num_frames": robot.store.num_frames,
+                "num_instructions_cut": trunk.text_encoder.count_longer(robot.store.instructions),
+                "pretrained_on": pretrained["target"] if pretrained else None,
+                "kept_action_head": robot.keeps_head,
+                "num_parameters": sum(p.numel() for p in robot.policy.parameters()),
+                **numbers,
+            },
+        )
+        save_policy(folder, robot.policy, robot.preprocessor, robot.postprocessor)
+    finish(output_dir)
+    store = mixture.store
+    return {"loss": numbers["loss"], "num_episodes": store.num_episodes, "num_frames": store.num_frames}
+
+
+def build_robot(
+    name: str,
+    mixture: Mixture,
+    cfg: FinetuneConfig,
+    pretrained: dict | None,
+    others: list[Robot],
+    device: torch.device,
+) -> Robot:
+    """The embodiment `name` of the mixture, which shares the trunk of the others."""
+    places = [place for place, part in enumerate(mixture.parts) if part.embodiment == name]
+    store = concatenate([mixture.stores[place] for place in places])
+    paths = [mixture.parts[place].path for place in places]
+    for kind in ("actions", "states") if cfg.use_state else ("actions",):
+        known = {path: getattr(mixture.stores[place], kind) for path, place in zip(paths, places, strict=True)}
+        sizes = {path: 0 if values is None else values.shape[1] for path, values in known.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"the data sets of embodiment {name!r} have {kind} of other sizes, {sizes}: give each robot an "
+                "embodiment of its own in the mixture"
+            )
+    chunks, is_pad = action_chunks(store, cfg.chunk_size)
+    assert store.actions is not None
+    if cfg.use_state and store.states is None:
+        raise ValueError(f"{paths[0]} has no observation.state: record the robot's state, or set use_state=false")
+    states = store.states if cfg.use_state else None
+    camera_key = image_key(Path(mixture.parts[places[0]].path).expanduser())
+    image_size = store.image_size
     input_features = {camera_key: PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size))}
     if states is not None:
         input_features[OBS_STATE] = PolicyFeature(FeatureType.STATE, (states.shape[1],))
     config = LapaConfig(
         input_features=input_features,
-        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (demo_actions.shape[1],))},
-        device=str(compute.device),
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (store.actions.shape[1],))},
+        device=str(device),
         push_to_hub=False,
         chunk_size=cfg.chunk_size,
         n_action_steps=cfg.num_action_steps,
@@ -75,16 +183,17 @@ def run(cfg: FinetuneConfig) -> dict:
         optimizer_weight_decay=cfg.training.weight_decay,
         scheduler_warmup_steps=cfg.training.warmup_steps,
     )
-    torch.manual_seed(cfg.training.seed)
-    policy = LapaPolicy(config)
-    mean, std = demo_actions.mean(0), np.maximum(demo_actions.std(0), 1e-6)
+    policy = LapaPolicy(config, trunk=others[0].policy.model.trunk if others else None)
+    mean, std = store.actions.mean(0), np.maximum(store.actions.std(0), 1e-6)
     keeps_head = False
-    if pretrained:
-        keeps_head = load_pretrained(policy, Path(cfg.pretrained or ""), pretrained)
+    if pretrained and not others:
+        # Which of several robots the pretrained head was for is not known: then all heads begin anew.
+        is_alone = {part.embodiment for part in mixture.parts} == {name}
+        keeps_head = load_pretrained(policy, Path(cfg.pretrained or ""), pretrained, with_head=is_alone)
         if keeps_head:
             mean, std = np.float32(pretrained["action_mean"]), np.float32(pretrained["action_std"])
-    else:
-        policy.model.trunk.text_encoder.fit(store.instructions[:num_episodes], cfg.training.seed)
+    elif not others:
+        policy.model.trunk.text_encoder.fit(mixture.store.instructions, cfg.training.seed)
     statistics = {ACTION: {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}}
     if states is not None:
         state_std = states.std(0)
@@ -94,56 +203,39 @@ def run(cfg: FinetuneConfig) -> dict:
     preprocessor, postprocessor = make_lapa_pre_post_processors(config, statistics)
     head = policy.model.action_head
     if isinstance(head, BinnedActionHead):
-        head.fit_bins(torch.from_numpy((demo_actions - mean) / std))
+        head.fit_bins(torch.from_numpy((store.actions - mean) / std))
     if isinstance(head, DenoisingActionHead):
-        head.fit_limits(torch.from_numpy((demo_actions - mean) / std))
-
-    episode_of_frame = store.episode_of_frame()
-
-    def make_batch(rng: np.random.Generator) -> dict[str, Any]:
-        frames = rng.choice(num_frames, cfg.training.batch_size)[distributed.shard(cfg.training.batch_size)]
-        pixels = random_shift(store.frames[frames], cfg.random_shift_pixels, distributed.own_generator(rng))
-        batch = {
-            camera_key: to_float(pixels),
-            ACTION: torch.from_numpy(chunks[frames]),
-            "action_is_pad": torch.from_numpy(is_pad[frames]).to(compute.device),
-            "task": [store.instructions[episode] for episode in episode_of_frame[frames]],
-        }
-        if states is not None:
-            batch[OBS_STATE] = torch.from_numpy(states[frames])
-        return preprocessor(batch)
-
-    if compute.compile:
-        policy.model.trunk.compile()
-    output_dir = Path(cfg.output_dir)
-    inherited = (["model.trunk."] if pretrained else []) + (["model.action_head."] if keeps_head else [])
-    numbers = fit(
-        policy,
-        make_batch,
-        lambda batch: policy(batch),
-        cfg.training,
-        compute,
-        output_dir,
-        description="finetune",
-        learning_rate_ratios=dict.fromkeys(inherited, cfg.pretrained_learning_rate_ratio),
+        head.fit_limits(torch.from_numpy((store.actions - mean) / std))
+    return Robot(
+        name=name,
+        store=store,
+        first_frame=int(mixture.first_frames[places[0]]),
+        chunks=chunks,
+        is_pad=is_pad,
+        states=states,
+        policy=policy,
+        preprocessor=preprocessor,
+        postprocessor=postprocessor,
+        keeps_head=keeps_head,
     )
-    if not distributed.is_main():
-        return {}
-    write_json(
-        output_dir / "metrics.json",
-        {
-            "num_episodes": num_episodes,
-            "num_frames": num_frames,
-            "num_instructions_cut": policy.model.trunk.text_encoder.count_longer(store.instructions[:num_episodes]),
-            "pretrained_on": pretrained["target"] if pretrained else None,
-            "kept_action_head": keeps_head,
-            "num_parameters": sum(p.numel() for p in policy.parameters()),
-            **numbers,
-        },
-    )
-    save_policy(output_dir, policy, preprocessor, postprocessor)
-    finish(output_dir)
-    return {"loss": numbers["loss"], "num_episodes": num_episodes, "num_frames": num_frames}
+
+
+def own_parts(policy: LapaPolicy) -> nn.ModuleDict:
+    """What a policy does not share: all of its model but the trunk."""
+    return nn.ModuleDict({name: part for name, part in policy.model.named_children() if name != "trunk"})
+
+
+def mean_loss(batches: list[tuple[Robot, dict[str, Any]]]) -> tuple[Tensor, dict[str, float]]:
+    """Mean over all samples of the loss and of the numbers to log, each robot's rows through its own policy."""
+    num_samples = sum(len(batch[ACTION]) for _, batch in batches)
+    loss, numbers = torch.zeros((), device=batches[0][1][ACTION].device), dict[str, float]()
+    for robot, batch in batches:
+        share = len(batch[ACTION]) / num_samples
+        own_loss, own_numbers = robot.policy(batch)
+        loss = loss + share * own_loss
+        for name, value in own_numbers.items():
+            numbers[name] = numbers.get(name, 0.0) + share * value
+    return loss, numbers
 
 
 def image_key(data: Path) -> str:
@@ -155,7 +247,7 @@ def image_key(data: Path) -> str:
     return next(key for key, feature in features.items() if feature["dtype"] in ("image", "video"))
 
 
-def load_pretrained(policy: LapaPolicy, folder: Path, pretrained: dict) -> bool:
+def load_pretrained(policy: LapaPolicy, folder: Path, pretrained: dict, with_head: bool) -> bool:
     """Load the trunk; and the action head, returning True, where one of the same shape was pretrained."""
     path = folder / MODEL_FILE
     if not path.is_file():
@@ -175,7 +267,7 @@ def load_pretrained(policy: LapaPolicy, folder: Path, pretrained: dict) -> bool:
         pretrained.get("chunk_size"),
         pretrained.get("action_dim"),
     )
-    if wanted != offered:
+    if wanted != offered or not with_head:
         return False
     policy.model.action_head.load_state_dict(part("action_head"))
     return True

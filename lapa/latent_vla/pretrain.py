@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lapa import distributed
 from lapa.backbones.upcycle import initial_state
 from lapa.checkpoint import save_model, write_json
-from lapa.data import FramePairs, FrameStore, action_chunks, open_frames, split_episodes, to_float
+from lapa.data import FramePairs, FrameStore, action_chunks, to_float
 from lapa.latent_vla.heads import ChunkActionHead
 from lapa.latent_vla.model import (
     ActionModel,
@@ -32,9 +32,10 @@ from lapa.latent_vla.model import (
 from lapa.latent_vla.transfusion import TransfusionModel
 from lapa.latent_vla.vision import random_shift
 from lapa.metrics import psnr_db
+from lapa.mixture import Mixture, open_mixture
 from lapa.quantizer.base import quantizer_pairs
 from lapa.quantizer.evaluation import require_gate
-from lapa.quantizer.label import Labels, load_labels
+from lapa.quantizer.label import Labels, join_labels, load_labels
 from lapa.runtime import Compute, setup
 from lapa.schema import FutureFrame, PretrainConfig
 from lapa.trainer import finish, fit
@@ -72,17 +73,20 @@ class Objective:
 def run(cfg: PretrainConfig) -> dict:
     """Pretrain and return held-out numbers; ValueError for labels that do not fit or failed their gate."""
     compute = setup(cfg.runtime)
-    store = open_frames(cfg.data, cfg.image_size, cfg.cache_dir)
-    train_episodes, held_out_episodes = split_episodes(store, cfg.holdout_fraction, cfg.training.seed)
+    mixture = open_mixture(cfg.data, cfg.mixture, cfg.image_size, cfg.cache_dir)
+    store = mixture.store
+    train_episodes, held_out_episodes = mixture.split(cfg.holdout_fraction, cfg.training.seed)
     in_training = np.isin(store.episode_of_frame(), train_episodes)
     torch.manual_seed(cfg.training.seed)
     trunk = build_trunk(cfg.backbone, cfg.text, cfg.image_tokenizer, cfg.image_size)
     trunk.text_encoder.fit([store.instructions[episode] for episode in train_episodes], cfg.training.seed)
     if cfg.target == "latent":
-        objective = latent_objective(cfg, store, trunk, in_training, compute.device)
+        objective = latent_objective(cfg, mixture, trunk, in_training, compute.device)
     elif cfg.target == "action":
         if cfg.future_frame.weight:
             raise ValueError("future_frame.weight needs target=latent: the frame follows latent action tokens")
+        if cfg.mixture and store.actions is None:
+            raise ValueError("target=action needs actions of one robot: not all of the mixture have them, or as many")
         objective = action_objective(cfg, store, trunk, in_training, compute.device)
     else:
         raise ValueError(f"target is {cfg.target!r}, expected latent or action")
@@ -98,12 +102,13 @@ def run(cfg: PretrainConfig) -> dict:
     held_out_frames = np.random.default_rng(0).permutation(held_out_frames)[:MAX_EVALUATION_FRAMES]
 
     output_dir, training = Path(cfg.output_dir), cfg.training
+    draw = mixture.sampler(train_frames)
     inputs = Inputs(store, trunk.encode_text(store.instructions), compute.device, objective.future_N)
     if compute.compile:
         trunk.compile()
 
     def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, np.ndarray]:
-        frames = rng.choice(train_frames, training.batch_size)[distributed.shard(training.batch_size)]
+        frames = train_frames[draw(rng, training.batch_size)][distributed.shard(training.batch_size)]
         return inputs.read(frames, cfg.random_shift_pixels, distributed.own_generator(rng))
 
     def held_out_numbers(frames: np.ndarray) -> dict[str, float]:
@@ -200,16 +205,22 @@ def evaluate(objective: Objective, inputs: Inputs, frames: np.ndarray, compute: 
 
 
 def latent_objective(
-    cfg: PretrainConfig, store: FrameStore, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
+    cfg: PretrainConfig, mixture: Mixture, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
 ) -> Objective:
-    """Latent actions, from the labels of this very data set."""
-    if cfg.labels is None:
-        raise ValueError("target=latent needs labels=<folder written by `lapa label`>")
-    labels = load_labels(cfg.labels, store)
-    if not cfg.ignore_gate:
-        require_gate(labels.gate, cfg.labels)
+    """Latent actions, from the labels of these very data sets."""
+    if cfg.mixture and cfg.labels is not None:
+        raise ValueError(f"labels={cfg.labels} beside a mixture: name them in it, {{path: ..., labels: ...}}")
+    store, of_parts = mixture.store, []
+    for part, own_store in zip(mixture.parts, mixture.stores, strict=True):
+        folder = part.labels if cfg.mixture else cfg.labels
+        if folder is None:
+            raise ValueError(f"target=latent needs labels=<folder written by `lapa label`> of {part.path}")
+        of_parts.append(load_labels(folder, own_store))
+        if not cfg.ignore_gate:
+            require_gate(of_parts[-1].gate, folder)
+    labels = join_labels(of_parts)
     if labels.is_discrete:
-        objective = code_objective(labels, cfg.labels, cfg.future_frame, trunk, in_training, device)
+        objective = code_objective(labels, cfg.future_frame, trunk, in_training, device)
         return with_future_frame(objective, labels, store, device) if cfg.future_frame.weight else objective
     if cfg.future_frame.weight:
         raise ValueError("future_frame.weight needs labels that are codes: label with a discrete codebook, or set it 0")
@@ -218,7 +229,6 @@ def latent_objective(
 
 def code_objective(
     labels: Labels,
-    folder: str,
     future_frame: FutureFrame,
     trunk: VisionLanguageTrunk,
     in_training: np.ndarray,
@@ -228,7 +238,7 @@ def code_objective(
     largest = int(labels.latent_action.max())
     if largest >= labels.codebook_size:
         raise ValueError(
-            f"codebook_size is {labels.codebook_size}, the labels in {folder} use code {largest}: "
+            f"codebook_size is {labels.codebook_size}, the labels of these data use code {largest}: "
             "run `lapa label` again"
         )
     latent_NL = torch.from_numpy(labels.latent_action).to(device)

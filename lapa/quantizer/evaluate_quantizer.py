@@ -42,7 +42,7 @@ def run(cfg: EvaluateQuantizerConfig) -> dict:
     if cfg.data2 is not None:
         other = open_frames(cfg.data2, config["image_size"], cfg.cache_dir)
         other_pairs = quantizer_pairs(other, config, np.arange(other.num_episodes))
-    trained_on_these = cfg.episodes == "all" and config.get("data_fingerprint") == store.fingerprint
+    trained_on_these = cfg.episodes == "all" and held_out_in_training(store, config) is not None
     return measure(
         output_dir,
         model,
@@ -90,6 +90,14 @@ def measure(
     return headline(metrics) | {"gate_passed": verdict["passed"]}
 
 
+def held_out_in_training(store: FrameStore, config: dict) -> list[int] | None:
+    """The episodes of these data that training held out; None where it never saw these data."""
+    for trained_on in (config, *config.get("mixture", [])):
+        if trained_on.get("data_fingerprint") == store.fingerprint:
+            return trained_on["holdout_episodes"]
+    return None
+
+
 def choose_episodes(store: FrameStore, config: dict, episodes: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Episodes that probes are fitted on, and those that everything is measured on.
 
@@ -99,8 +107,8 @@ def choose_episodes(store: FrameStore, config: dict, episodes: str, seed: int) -
     if episodes not in ("held_out", "all"):
         raise ValueError(f"episodes is {episodes!r}, expected held_out or all")
     everything = np.arange(store.num_episodes)
-    held_out = config.get("holdout_episodes")
-    if episodes == "held_out" and held_out and config.get("data_fingerprint") == store.fingerprint:
+    held_out = held_out_in_training(store, config)
+    if episodes == "held_out" and held_out:
         return np.setdiff1d(everything, held_out), np.array(held_out)
     if store.actions is None:
         return everything, everything

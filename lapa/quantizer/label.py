@@ -8,7 +8,7 @@ episode are marked invalid. A label folder holds
                          where invalid), is_valid (N,) bool
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +102,18 @@ def run(cfg: LabelConfig) -> dict:
         return result | {"active_dimensions": int((codes.var(0) > ACTIVE_VARIANCE).sum())}
     usage = code_usage(codes, size)
     return result | {name: usage[name] for name in ("perplexity", "perplexity_ratio", "vocabulary_utilisation")}
+
+
+def join_labels(labels: list[Labels]) -> Labels:
+    """Labels of several data sets as of one; ValueError where they are of different quantizers."""
+    first = labels[0]
+    if any(other.quantizer != first.quantizer for other in labels):
+        raise ValueError("the labels of the mixture were written by different quantizers: label all data with one")
+    return replace(
+        first,
+        latent_action=np.concatenate([other.latent_action for other in labels]),
+        is_valid=np.concatenate([other.is_valid for other in labels]),
+    )
 
 
 def read_gate(quantizer: str, evaluation: str | None) -> dict:

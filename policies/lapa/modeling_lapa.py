@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lapa import schema
 from lapa.latent_vla.heads import build_action_head
-from lapa.latent_vla.model import StateToken, build_action_model, build_trunk
+from lapa.latent_vla.model import StateToken, VisionLanguageTrunk, build_action_model, build_trunk
 from lapa.trainer import parameter_groups
 from policies.lapa.configuration_lapa import LapaConfig
 from policies.lapa.real_time import blend_chunks
@@ -28,20 +28,31 @@ class LapaPolicy(PreTrainedPolicy):
 
     A batch holds images (B, C, H, W) in [0, 1] under the configured key, `task`: B strings, with config.use_state
     `observation.state` (B, P), normalised, and in training `action` (B, T, A), normalised, with `action_is_pad` (B, T).
+
+    Args:
+        trunk: one that policies of several robots share; None: a new one, as the configuration says.
     """
 
     config_class = LapaConfig
     name = "lapa"
     _fsdp_wrap_modules = ["Block"]
 
-    def __init__(self, config: LapaConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        config: LapaConfig,
+        dataset_stats: Any = None,
+        dataset_meta: Any = None,
+        trunk: VisionLanguageTrunk | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(config)
         config.validate_features()
         assert config.action_feature is not None
         self.config: LapaConfig = config
         backbone = schema.from_dict("backbone", config.backbone)
         text = schema.from_dict("text", config.text)
-        trunk = build_trunk(backbone, text, config.image_tokenizer, config.image_size)
+        if trunk is None:
+            trunk = build_trunk(backbone, text, config.image_tokenizer, config.image_size)
         # As built: a model of transformers then needs its folder no more.
         config.backbone = asdict(trunk.backbone.config)
         head = build_action_head(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lapa import distributed
 from lapa.data import FramePairs, to_float
+from lapa.mixture import Draw
 from lapa.quantizer.targets.base import PairBatch
 from lapa.schema import LatentConsistencyTarget, TrainQuantizerConfig
 from lapa.text import encode_text
@@ -18,11 +19,14 @@ from lapa.text import encode_text
 class PairSampler:
     """Draws the batch of a step from a generator seeded by that step.
 
+    draw: which pairs, of a mixture; None: all are as likely.
+
     Raises ValueError where the store lacks what an option needs: instructions, states or actions.
     """
 
-    def __init__(self, pairs: FramePairs, config: TrainQuantizerConfig, device: torch.device):
+    def __init__(self, pairs: FramePairs, config: TrainQuantizerConfig, device: torch.device, draw: Draw | None = None):
         self.pairs, self.batch_size, self.device = pairs, config.training.batch_size, device
+        self.draw = draw or (lambda generator, count: generator.integers(len(pairs), size=count))
         store = pairs.store
         self.episode_of_frame = store.episode_of_frame()
         target = config.target
@@ -78,7 +82,7 @@ class PairSampler:
         return is_labelled
 
     def __call__(self, generator: np.random.Generator) -> PairBatch:
-        indices = generator.integers(len(self.pairs), size=self.batch_size)
+        indices = self.draw(generator, self.batch_size)
         if self.is_labelled is not None:
             picks = generator.integers(len(self.labelled_pairs), size=len(self.labelled_places))
             indices[self.labelled_places] = self.labelled_pairs[picks]

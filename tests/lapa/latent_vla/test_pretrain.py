@@ -9,6 +9,7 @@ from lapa.checkpoint import read_json, write_json, write_tensors
 from lapa.data import read_store
 from lapa.latent_vla import pretrain
 from lapa.latent_vla.model import VisionLanguageTrunk
+from lapa.mixture import open_mixture
 from lapa.quantizer.label import load_labels
 from lapa.schema import DenseBackbone, FutureFrame, PretrainConfig, Runtime, Training, WordText
 from tests.lapa.latent_vla.conftest import write_labels, write_store
@@ -66,7 +67,8 @@ def test_the_future_frame_is_the_quantizers_and_shifted_with_the_present_one(tmp
     cfg = config(tmp_path, toy_store, toy_labels, future_frame=FutureFrame(weight=1.0, image_size=8, patch_size=2))
     trunk = VisionLanguageTrunk(cfg.backbone, cfg.text, cfg.image_tokenizer, cfg.image_size)
     everywhere = np.ones(store.num_frames, bool)
-    objective = pretrain.latent_objective(cfg, store, trunk, everywhere, torch.device("cpu"))
+    mixture = open_mixture(cfg.data, [], cfg.image_size, None)
+    objective = pretrain.latent_objective(cfg, mixture, trunk, everywhere, torch.device("cpu"))
     frames = np.flatnonzero(labels.is_valid)
     assert np.array_equal(objective.future_N[frames], frames + labels.frame_gap_frames)
     inputs = pretrain.Inputs(store, trunk.encode_text(store.instructions), torch.device("cpu"), objective.future_N)

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lapa.schema import (
     EvaluateQuantizerConfig,
     FSQCodebook,
     LabelConfig,
+    MixturePart,
     PairData,
     QuantizerGate,
     Runtime,
@@ -74,6 +76,34 @@ def test_evaluating_on_the_training_data_repeats_the_metrics_of_training(trained
     rows = (tmp_path / "codes.csv").read_text().splitlines()
     assert rows == (folder / "codes.csv").read_text().splitlines()
     assert rows[0] == "code,count,share,mean_0,standard_deviation_0,mean_1,standard_deviation_1"
+
+
+def test_a_mixture_of_one_trains_the_same_quantizer_and_one_of_two_remembers_what_it_held_out(
+    trained, moving_discs, other_discs, tmp_path, monkeypatch
+):
+    config = replace(trained[2], training=Training(num_steps=2, batch_size=16, tensorboard=False), num_eval_pairs=32)
+    paths = [str(moving_discs), str(other_discs)]
+    parts = [MixturePart(path=path, weight=weight) for path, weight in zip(paths, (1.0, 2.0), strict=True)]
+    runs = {"plain": config.data, "one": replace(config.data, path=None, mixture=parts[:1])}
+    runs["two"] = replace(config.data, path=None, mixture=parts)
+    for name, data in runs.items():
+        with monkeypatch.context() as patch:
+            if name != "two":  # the metrics of two runs that are compared by their weights
+                patch.setattr(train_quantizer, "measure", lambda *_: {})
+            train_quantizer.run(replace(config, output_dir=str(tmp_path / name), data=data))
+    plain, one = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "one"))
+    assert plain == one
+
+    saved = json.loads((tmp_path / "two" / "config.json").read_text())
+    for path, number in zip(paths, (3, 2), strict=True):
+        store = read_store(Path(path))
+        train, held_out = evaluate_quantizer.choose_episodes(store, saved, "held_out", 0)
+        assert len(held_out) == number and sorted([*train, *held_out]) == list(range(store.num_episodes))
+        labels = LabelConfig(
+            quantizer=str(tmp_path / "two"), data=path, output_dir=str(tmp_path / "labels"), runtime=CPU
+        )
+        label.run(labels)
+        assert load_labels(tmp_path / "labels", store).frame_gap_frames == 2
 
 
 def test_other_data_is_all_held_out_and_half_of_it_fits_the_probes(trained, moving_discs, other_discs):
