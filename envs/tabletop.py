@@ -89,8 +89,8 @@ class TabletopEnv(gymnasium.Env):
             observation_spaces["pixels"] = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = spaces.Dict(observation_spaces)
 
-        self._look = arena_xml(self.variant, image_size)
-        self.model = mujoco.MjModel.from_xml_string(self._look)
+        self.look = arena_xml(self.variant, image_size)  # MJCF, of which the model is compiled
+        self.model = mujoco.MjModel.from_xml_string(self.look)
         self.data = mujoco.MjData(self.model)
         self._disc_ids = [self.model.geom(f"block{slot}").id for slot in range(MAX_BLOCKS)]
         self._drawn_ids = [
@@ -162,7 +162,7 @@ class TabletopEnv(gymnasium.Env):
         """The camera's frame, (image_size, image_size, 3) uint8."""
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
-        return shared_renderer(self._look, self.image_size).render(self.model, self.data)
+        return shared_renderer(self.look, self.image_size).render(self.model, self.data)
 
     def _observation(self) -> dict[str, np.ndarray]:
         observation = {"agent_pos": self.data.qpos[:2].astype(np.float32)}

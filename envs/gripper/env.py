@@ -64,6 +64,8 @@ class GripperEnv(gymnasium.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
+    action_space: spaces.Box
+    observation_space: spaces.Dict
 
     def __init__(
         self,
@@ -103,8 +105,8 @@ class GripperEnv(gymnasium.Env):
             observation_spaces["pixels"] = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = spaces.Dict(observation_spaces)
 
-        self._look = arena_xml(self.variant, image_size)
-        self.model = mujoco.MjModel.from_xml_string(self._look)
+        self.look = arena_xml(self.variant, image_size)  # MJCF, of which the model is compiled
+        self.model = mujoco.MjModel.from_xml_string(self.look)
         self.data = mujoco.MjData(self.model)
         slots = range(MAX_BLOCKS)
         self._body_ids = np.array([self.model.body(f"block{slot}").id for slot in slots])
@@ -192,7 +194,7 @@ class GripperEnv(gymnasium.Env):
         """The camera's frame, (image_size, image_size, 3) uint8."""
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
-        return shared_renderer(self._look, self.image_size).render(self.model, self.data)
+        return shared_renderer(self.look, self.image_size).render(self.model, self.data)
 
     def _observation(self) -> dict[str, np.ndarray]:
         observation = {"agent_pos": self.agent_pos.astype(np.float32)}

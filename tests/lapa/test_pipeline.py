@@ -36,7 +36,7 @@ def compose_run(*overrides: str) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("experiment", ["quickstart", "tabletop", "families", "droid"])
+@pytest.mark.parametrize("experiment", ["quickstart", "tabletop", "families", "gripper", "droid"])
 def test_experiments_compose_and_put_every_folder_into_the_run_directory(experiment):
     config = compose_run(f"experiment={experiment}", "run_dir=somewhere", "ingest.path=clips")
     for stage in (config.videos, config.demos, config.train_quantizer, config.label, config.pretrain, config.finetune):

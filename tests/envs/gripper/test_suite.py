@@ -2,11 +2,14 @@ import json
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
 from lerobot.envs.factory import make_env, make_env_config
 
 import lerobot_policy_lapa  # noqa: F401  registers the environments
 from envs import demos, evaluate
+from envs.gripper.env import GripperEnv
 from envs.suites import choose
+from lapa.application import register_schema, to_dataclass
 from lapa.schema import DemosConfig, EvaluateConfig, Runtime
 
 
@@ -74,3 +77,13 @@ def test_lerobot_makes_it_and_is_told_of_success():
             break
     assert bool(info["final_info"]["is_success"][0])
     env.close()
+
+
+def test_the_servers_limits_are_the_action_bounds():
+    register_schema()
+    with initialize_config_module("configs", version_base="1.3"):
+        limits = to_dataclass("serve", compose("serve", ["policy=p", "embodiment=gripper"])).embodiment
+    bounds = GripperEnv("pick").action_space
+    np.testing.assert_allclose([limits.action_low, limits.action_high], [bounds.low, bounds.high], rtol=1e-6)
+    # No command within the bounds is slowed, at the rate of control.
+    assert (np.array(limits.max_rate) / limits.control_hz >= bounds.high - 1e-6).all()
