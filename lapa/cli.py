@@ -16,6 +16,7 @@ class Stage:
     module: str
     config: str  # the dataclass in lapa/schema.py
     repeats: bool = False  # looks again at what lies in its input each time, instead of being done once
+    selects: tuple[str, ...] = ()  # options that choose among its parts: with others the folder gets the missing ones
 
 
 STAGES = {
@@ -67,7 +68,12 @@ STAGES = {
         "LeRobot policy -> success in simulation, with intervals and videos", "envs.evaluate", "EvaluateConfig"
     ),
     "serve": Stage("policy -> server for robots: WebSocket and HTTP", "policies.serving.server", "ServeConfig"),
-    "study": Stage("an experiment on the model zoo -> table with intervals", "lapa.studies.study", "StudyConfig"),
+    "study": Stage(
+        "an experiment on the model zoo -> table with intervals",
+        "lapa.studies.study",
+        "StudyConfig",
+        selects=("seeds", "arms"),
+    ),
     "report": Stage("run directory -> report.html", "lapa.report", "ReportConfig"),
     "run": Stage("all stages in one run directory: lapa run experiment=quickstart", "lapa.pipeline", "RunConfig"),
 }

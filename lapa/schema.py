@@ -1023,7 +1023,8 @@ class TransfusionStudy(Study):
 class StudyConfig:
     """`lapa study`: what a part of the model zoo is good for: every arm with every seed, a table with intervals.
 
-    A run that is complete is not run again, so a study that was stopped goes on where it was.
+    A run that is complete is not run again, so a study that was stopped goes on where it was, and a folder can be given
+    more seeds or arms later. The table is of the seeds and arms that were asked for last.
     """
 
     output_dir: str = MISSING

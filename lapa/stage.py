@@ -62,9 +62,10 @@ def run_locked(verb: str, config, output_dir: Path) -> dict:
         record = read_json(record_path)
         refuse_other_stage(verb, output_dir, record)
         if not STAGES[verb].repeats:
-            refuse_other_options(output_dir, record, config)
+            selects = STAGES[verb].selects
+            refuse_other_options(output_dir, record, config, selects)
             refuse_other_inputs(output_dir, record, options)
-            if record["status"] == "complete":
+            if record["status"] == "complete" and all(record["options"].get(n) == options[n] for n in selects):
                 print(f"{verb}: {output_dir} is complete")
                 return distributed.share(record["results"])
     fresh = not record_path.is_file()
@@ -115,14 +116,18 @@ def refuse_other_stage(verb: str, output_dir: Path, record: dict) -> None:
         raise ValueError(f"{output_dir} holds the output of `lapa {record['stage']}`: choose another output_dir")
 
 
-def refuse_other_options(output_dir: Path, record: dict, config) -> None:
+def refuse_other_options(output_dir: Path, record: dict, config, selects: tuple[str, ...] = ()) -> None:
+    """ValueError where an option that shapes what is made differs; those in `selects` only choose parts of it."""
     before = flatten(record["options"])
     # A folder made before an option existed was made with its default.
     new = new_options_at_default(config, before)
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
         for name, value in flatten(dataclasses.asdict(config)).items()
-        if name not in new and name.rsplit(".", 1)[-1] not in NOT_COMPARED and before.get(name) != value
+        if name not in new
+        and name not in selects
+        and name.rsplit(".", 1)[-1] not in NOT_COMPARED
+        and before.get(name) != value
     ]
     if changed:
         raise ValueError(

@@ -1,9 +1,13 @@
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 
-from lapa.studies.study import shown, steps_to_reach, student_interval, summary, table
+from lapa.schema import Runtime, Study, StudyConfig
+from lapa.stage import run_stage
+from lapa.studies.study import STUDIES, Arm, shown, steps_to_reach, student_interval, summary, table
 
 
 def test_the_interval_over_seeds_is_students():
@@ -34,3 +38,33 @@ def test_steps_to_reach_a_level(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert steps_to_reach(tmp_path, "loss", 2.5) == 20
     assert np.isnan(steps_to_reach(tmp_path, "loss", 0.5))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """A study `toy` of two arms that counts what it runs."""
+    made: list[tuple[str, int]] = []
+
+    def arm(name: str) -> Arm:
+        def run(seed, folder, compute):
+            made.append((name, seed))
+            return {"score": float(seed)}
+
+        return Arm(name, run)
+
+    module = types.SimpleNamespace(arms=lambda study: [arm("a"), arm("b")], COLUMNS=["score"], NOTES="")
+    monkeypatch.setitem(STUDIES, "toy", "toy_study")
+    monkeypatch.setitem(sys.modules, "toy_study", module)
+    return made
+
+
+def test_seeds_and_arms_can_be_added_to_a_finished_study(tmp_path, runs):
+    def study(**changes) -> StudyConfig:
+        return StudyConfig(str(tmp_path / "study"), Study("toy"), runtime=Runtime(device="cpu"), **changes)
+
+    assert run_stage("study", study(arms=["a"], seeds=[1])) == {"a_score": 1.0}
+    assert run_stage("study", study(seeds=[1, 3])) == {"a_score": 2.0, "b_score": 2.0}
+    assert run_stage("study", study(seeds=[1, 3])) == {"a_score": 2.0, "b_score": 2.0}
+    assert runs == [("a", 1), ("b", 1), ("a", 3), ("b", 3)]
+    with pytest.raises(ValueError, match="study.name was 'toy', is 'facts'"):
+        run_stage("study", StudyConfig(str(tmp_path / "study"), Study("facts"), seeds=[5]))
