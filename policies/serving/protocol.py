@@ -6,8 +6,10 @@
     actions         server: {"actions": (T, A) float32 in the robot's units, "server_timing": {"infer_ms": ...}}
     mistake         server, WebSocket: text, then the connection closes; HTTP: {"error": ..., "code": ...}
 
-An array is the map {"__ndarray__": true, "data": bytes, "dtype": "<f4", "shape": [...]}. Nothing is unpickled, types
-are from a short list, and every size is checked before memory is taken. numpy and msgpack alone: no torch.
+An array is the map {"__ndarray__": true, "data": bytes, "dtype": "<f4", "shape": [...]}, one number of numpy's types
+{"__npgeneric__": true, "data": 0.5, "dtype": "<f4"}; the keys of these maps are bytes, as openpi's clients send and
+expect them. Nothing is unpickled, types are from a short list, and every size is checked before memory is taken. numpy
+and msgpack alone: no torch.
 """
 
 import itertools
@@ -80,11 +82,15 @@ def _encode(value: Any) -> Any:
 def _decode(entries: dict) -> Any:
     # openpi's packer writes the keys as bytes.
     named = {key.decode("ascii", "replace") if isinstance(key, bytes) else key: value for key, value in entries.items()}
-    if "__ndarray__" not in named:
+    if "__ndarray__" not in named and "__npgeneric__" not in named:
         return named
     dtype, shape, data = named.get("dtype"), named.get("shape"), named.get("data")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ProtocolError("dtype", f"an array has dtype {str(dtype)[:20]!r}, known are {sorted(DTYPES)}")
+    if "__npgeneric__" in named:
+        if not isinstance(data, bool | int | float):
+            raise ProtocolError("type", f"a number of numpy's holds {type(data).__name__}")
+        return np.dtype(dtype).type(data)
     if not isinstance(shape, list | tuple) or len(shape) > MAX_DIMENSIONS:
         raise ProtocolError("shape", "an array's shape is no list of at most 6 sizes")
     if not all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**31 for size in shape):

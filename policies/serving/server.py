@@ -41,7 +41,8 @@ MSGPACK, JSON = "application/msgpack", "application/json"
 OPEN_PATHS = {"/healthz"}
 MAX_CLIENTS_REMEMBERED = 1024
 LATENCIES_KEPT = 1000
-MAX_JSON_BYTES = 4_000_000  # its decoding blocks the server, and makes an object of every number
+MAX_JSON_BYTES = 4_000_000  # its decoding blocks the server even in a thread, and makes an object of every number
+LARGE_BYTES = 65_536  # a message of more is decoded and checked in a thread: going there and back costs 0.1 ms
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -162,7 +163,8 @@ class Metrics:
 class PolicyServer:
     """The web application around one policy.
 
-    One inference at a time, in a thread of its own, so that health and refusals are answered meanwhile.
+    One inference at a time, in a thread of its own, so that health and refusals are answered meanwhile; large messages
+    are decoded in another one.
     """
 
     def __init__(self, policy: Policy, cfg: ServeConfig, token: str | None) -> None:
@@ -178,6 +180,7 @@ class PolicyServer:
         self.num_waiting = 0
         self.num_open = 0  # WebSockets, and bodies that are being read
         self.inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
+        self.decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding")
         self.sockets: set[web.WebSocketResponse] = set()
         self.max_bytes = int(cfg.max_request_mb * 1e6)
 
@@ -190,7 +193,7 @@ class PolicyServer:
         app.router.add_get("/metadata", self.show_metadata)
         app.router.add_get("/metrics", self.show_metrics)
         app.on_shutdown.append(self.close_sockets)
-        app.on_cleanup.append(self.stop_inference)
+        app.on_cleanup.append(self.stop_threads)
         return app
 
     def metadata(self) -> dict[str, Any]:
@@ -238,7 +241,8 @@ class PolicyServer:
         if "Origin" in request.headers:
             return 403, "origin", "requests of web pages are refused"
         if self.token is None:
-            if not is_loopback(host_of(request)):
+            # 0.0.0.0 is the name by which openpi's examples call this machine; no web page can have it.
+            if not is_loopback(host_of(request)) and host_of(request) != "0.0.0.0":
                 return 403, "host", "without a token only requests to this machine's own name are answered"
             return None
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
@@ -247,19 +251,24 @@ class PolicyServer:
             return 401, "token", "the header `Authorization: Bearer <token>` is missing or wrong"
         return None
 
-    async def infer(self, message: Any) -> dict[str, Any]:
+    async def infer(self, data: bytes, decode: Callable[[bytes], Any]) -> dict[str, Any]:
         """Bounded actions (T, A) and the time it took.
 
         Raises ProtocolError for a bad observation, for actions that are not finite, and where too many wait.
         """
-        observation = read_observation(message, self.policy.inputs)
         if self.num_waiting >= self.cfg.max_waiting:
             raise ProtocolError("busy", f"{self.num_waiting} requests are waiting already")
         self.num_waiting += 1
-        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
         try:
-            loop = asyncio.get_running_loop()
+            if len(data) > LARGE_BYTES:
+                observation = await loop.run_in_executor(self.decoding, self.observation, data, decode)
+            else:
+                observation = self.observation(data, decode)
+            started = time.perf_counter()
             actions_TA = await loop.run_in_executor(self.inference, self.policy.infer, observation)
+        except ProtocolError:
+            raise
         except Exception:
             log.exception("the policy failed")
             raise ProtocolError("policy", "the policy failed on this observation; the server's log says how") from None
@@ -270,6 +279,10 @@ class PolicyServer:
         self.metrics.latencies_s.append(seconds)
         self.metrics.count("ok")
         return {"actions": bounded_TA, "server_timing": {"infer_ms": seconds * 1000}}
+
+    def observation(self, data: bytes, decode: Callable[[bytes], Any]) -> dict[str, Any]:
+        """What the policy is to see, decoded and checked."""
+        return read_observation(decode(data), self.policy.inputs)
 
     def bound(self, actions_TA: np.ndarray) -> np.ndarray:
         """The chunk within the embodiment's limits; a chunk begins anywhere, so its first action is not slowed."""
@@ -297,15 +310,11 @@ class PolicyServer:
         if request.content_type == JSON:
             if len(body) > MAX_JSON_BYTES:
                 raise ProtocolError("size", f"JSON of {len(body)} bytes, at most {MAX_JSON_BYTES}: send {MSGPACK}")
-            try:
-                message = json.loads(body)
-            except (ValueError, RecursionError):
-                raise ProtocolError("malformed", "the body is no JSON") from None
-            reply = await self.infer(message)
+            reply = await self.infer(body, decode_json)
             return web.json_response({**reply, "actions": reply["actions"].tolist()})
         if request.content_type != MSGPACK:
             raise ProtocolError("content_type", f"expected Content-Type {MSGPACK} or {JSON}")
-        return web.Response(body=pack(await self.infer(unpack(body))), content_type=MSGPACK)
+        return web.Response(body=pack(await self.infer(body, unpack)), content_type=MSGPACK)
 
     async def websocket(self, request: web.Request) -> web.StreamResponse:
         """GET / as a WebSocket: metadata, then an answer to every observation."""
@@ -325,7 +334,7 @@ class PolicyServer:
                     break
                 if not self.rate_limit.allows(request.remote or ""):
                     raise ProtocolError("rate", f"more than {self.cfg.max_requests_per_s:g} requests a second")
-                await socket.send_bytes(pack(await self.infer(unpack(message.data))))
+                await socket.send_bytes(pack(await self.infer(message.data, unpack)))
         except ProtocolError as error:
             self.metrics.count(error.code)
             # Text is how openpi's clients are told of a failure.
@@ -353,8 +362,17 @@ class PolicyServer:
         for socket in list(self.sockets):
             await socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server stops")
 
-    async def stop_inference(self, app: web.Application) -> None:
-        self.inference.shutdown(wait=False, cancel_futures=True)
+    async def stop_threads(self, app: web.Application) -> None:
+        for threads in (self.decoding, self.inference):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def decode_json(data: bytes) -> Any:
+    """A message from JSON; ProtocolError for anything that is not one."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise ProtocolError("malformed", "the body is no JSON") from None
 
 
 def host_of(request: web.Request) -> str:

@@ -87,6 +87,33 @@ def test_openpis_names_are_understood():
     assert found["task"] == "go" and found["observation.state"].tolist() == [1.0, 2.0]
 
 
+# What openpi-client 0.1.2 sends for {"observation/state": float32 [0.5, -0.5], "prompt": "go", "height": float32 0.5}.
+OPENPI_MESSAGE = (
+    b"\x83\xb1observation/state\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x08\x00\x00\x00?\x00\x00\x00\xbf"
+    b"\xc4\x05dtype\xa3<f4\xc4\x05shape\x91\x02\xa6prompt\xa2go"
+    b"\xa6height\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\xcb?\xe0\x00\x00\x00\x00\x00\x00\xc4\x05dtype\xa3<f4"
+)
+
+
+def test_openpis_bytes_are_understood_and_our_arrays_are_the_same_bytes():
+    message = unpack(OPENPI_MESSAGE)
+    assert message["prompt"] == "go" and message["observation/state"].tolist() == [0.5, -0.5]
+    assert message["height"] == 0.5 and message["height"].dtype == np.float32
+    array = {"observation/state": np.array([0.5, -0.5], np.float32)}
+    assert pack(array)[1:] == OPENPI_MESSAGE[1 : len(pack(array))]
+    # Their client reads the keys of our answers as bytes, too.
+    answer = msgpack.unpackb(pack({"actions": np.zeros((1, 2), np.float32)}))
+    assert answer["actions"] == {b"__ndarray__": True, b"data": b"\0" * 8, b"dtype": "<f4", b"shape": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "number", [{"dtype": "<U4", "data": "a"}, {"dtype": "<f4", "data": "1"}, {"dtype": "|u1", "data": 300}, {}]
+)
+def test_a_number_that_lies_about_itself_is_refused(number):
+    with pytest.raises(ProtocolError):
+        unpack(msgpack.packb({"a": {b"__npgeneric__": True} | number}))
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [

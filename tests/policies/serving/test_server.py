@@ -17,6 +17,7 @@ import pytest
 from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError, web
 
 from lapa.schema import Embodiment, ServeConfig
+from policies.serving import server as server_module
 from policies.serving.client import PolicyClient
 from policies.serving.protocol import pack, unpack
 from policies.serving.safety import SafetyLayer, SafetyStop
@@ -56,9 +57,9 @@ def message(task: str = "go", state=(0.5, -0.5), **changes) -> dict:
 
 
 @contextlib.asynccontextmanager
-async def serving(token: str | None = None, **changes):
+async def serving(token: str | None = None, policy=None, **changes):
     """A running server: its object and http address."""
-    server = PolicyServer(EchoPolicy(), config(**changes), token)
+    server = PolicyServer(policy or EchoPolicy(), config(**changes), token)
     runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -70,12 +71,12 @@ async def serving(token: str | None = None, **changes):
 
 
 @contextlib.contextmanager
-def serving_thread(token: str | None = None, **changes):
+def serving_thread(token: str | None = None, policy=None, **changes):
     """The same in a thread, for clients that block: its object and port."""
     ready, stop, found = threading.Event(), threading.Event(), {}
 
     async def main():
-        async with serving(token, **changes) as (server, address):
+        async with serving(token, policy, **changes) as (server, address):
             found["server"], found["port"] = server, int(address.rsplit(":", 1)[1])
             ready.set()
             while not stop.is_set():
@@ -182,6 +183,7 @@ def test_a_web_page_cannot_reach_a_robot_through_the_browser():
         async with serving() as (_, address), ClientSession() as session:
             assert (await session.get(f"{address}/metadata", headers={"Origin": "https://evil.example"})).status == 403
             assert (await session.get(f"{address}/metadata", headers={"Host": "evil.example"})).status == 403
+            assert (await session.get(f"{address}/metadata", headers={"Host": "0.0.0.0:8000"})).status == 200
             assert (await session.get(f"{address}/metadata")).status == 200
 
     asyncio.run(main())
@@ -213,6 +215,49 @@ def test_more_than_can_wait_are_told_that_it_is_busy():
             assert sorted(reply.status for reply in replies) == [200, 200, 400, 400, 400]
             refused = [await reply.json() for reply in replies if reply.status == 400]
             assert {reply["code"] for reply in refused} == {"busy"}
+
+    asyncio.run(main())
+
+
+def test_a_large_message_that_is_being_decoded_does_not_hold_up_the_rest(monkeypatch):
+    release, read = threading.Event(), server_module.read_observation
+
+    def slow(*arguments):
+        assert release.wait(10), "nothing else was answered while a message was decoded"
+        return read(*arguments)
+
+    async def main():
+        async with serving(max_waiting=2) as (server, address), ClientSession() as session:
+            monkeypatch.setattr(server_module, "read_observation", slow)
+            headers = {"Content-Type": "application/msgpack"}
+            large = {"observation.images.top": np.zeros((200, 200, 3), np.uint8)}
+            posts = [
+                asyncio.create_task(session.post(f"{address}/act", data=pack(message(**large)), headers=headers))
+                for _ in range(3)
+            ]
+            while not any(post.done() for post in posts):
+                assert (await session.get(f"{address}/healthz")).status == 200
+            assert server.num_waiting == 2 and server.policy.num_calls == 0
+            release.set()
+            replies = await asyncio.gather(*posts)
+            assert sorted(reply.status for reply in replies) == [200, 200, 400]
+            assert server.metrics.requests["busy"] == 1 and server.num_waiting == 0
+
+    asyncio.run(main())
+
+
+def test_large_and_small_messages_of_one_connection_are_answered_in_order():
+    async def main():
+        async with serving() as (_, address), ClientSession() as session:
+            connection = await session.ws_connect(address)
+            await connection.receive_bytes()
+            states = [(index / 10, 0.0) for index in range(6)]
+            for index, state in enumerate(states):
+                size = 300 if index % 2 else 4
+                image = np.zeros((size, size, 3), np.uint8)
+                await connection.send_bytes(pack(message(state=state, **{"observation.images.top": image})))
+            answers = [unpack(await connection.receive_bytes())["actions"][0] for _ in states]
+            assert np.allclose(answers, states)
 
     asyncio.run(main())
 
