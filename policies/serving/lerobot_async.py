@@ -13,6 +13,7 @@ alone, since the protocol has no authentication.
 
 import argparse
 import io
+import numbers
 import pickle
 from concurrent import futures
 from pathlib import Path
@@ -105,7 +106,7 @@ def farther(observation: dict[str, Any], previous: dict[str, Any], nearness: flo
     return any(
         abs(float(value) - float(previous[name])) >= nearness
         for name, value in observation.items()
-        if isinstance(value, int | float) and name in previous
+        if isinstance(value, numbers.Real) and name in previous
     )
 
 

@@ -112,7 +112,7 @@ def test_an_observation_survives_the_unpickler():
     from lerobot.async_inference.helpers import TimedObservation
 
     observation = {"x.pos": 0.5, "top": np.zeros((4, 4, 3), np.uint8), "task": "go"}
-    for values in (observation, observation | {"x.pos": np.float64(0.5)}):
+    for values in (observation, observation | {"x.pos": np.float64(0.5)}, observation | {"x.pos": np.float32(0.5)}):
         sent = TimedObservation(timestamp=1.0, timestep=2, observation=values, must_go=True)
         back = lerobot_async.loads(pickle.dumps(sent))
         assert back.get_timestep() == 2 and np.array_equal(back.get_observation()["top"], observation["top"])
@@ -121,6 +121,22 @@ def test_an_observation_survives_the_unpickler():
 def test_nearness_is_in_the_states_own_units():
     assert lerobot_async.farther({"x.pos": 0.02}, {"x.pos": 0.0}, 0.01)
     assert not lerobot_async.farther({"x.pos": 0.02, "task": "go"}, {"x.pos": 0.015}, 0.01)
+    assert lerobot_async.farther({"x.pos": np.float32(0.02)}, {"x.pos": np.float32(0.0)}, 0.01)
+
+
+@pytest.mark.parametrize(("nearness", "looked_at"), [(0.0, True), (0.005, True), (0.02, False)])
+def test_a_robot_that_moved_by_a_centimetre_is_looked_at_again(policy_folder, nearness, looked_at):
+    """LeRobot's server leaves out what differs by less than 1 from the last observation, in any unit."""
+    pytest.importorskip("grpc")
+    from lerobot.async_inference.helpers import TimedObservation
+
+    server = lerobot_async.build_server(policy_folder, nearness)
+    for timestep, x in enumerate([0.10, 0.11]):
+        values = {"x.pos": x, "y.pos": 0.0, "top": np.zeros((4, 4, 3), np.uint8), "task": "go"}
+        seen = TimedObservation(timestamp=0.0, timestep=timestep, observation=values)
+        entered = server._enqueue_observation(seen)
+        server.last_processed_obs = seen
+    assert entered is looked_at
 
 
 def test_the_async_server_stays_on_this_machine(policy_folder, tmp_path):
