@@ -14,6 +14,8 @@ class SimulatedRobotConfig(RobotConfig):
     dropped_frame_share: of the frames that are the one before again.
     nan_share: of the observations whose state is not a number.
     fault_seed: of the faults.
+    one_scene: the first scene stays, whatever happens in it, as on a real table: no recorded episode then jumps from a
+        scene that ended into the next one. Nothing is counted.
     """
 
     family: str
@@ -23,6 +25,7 @@ class SimulatedRobotConfig(RobotConfig):
     dropped_frame_share: float = 0.0
     nan_share: float = 0.0
     fault_seed: int = 0
+    one_scene: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

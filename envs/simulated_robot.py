@@ -1,7 +1,7 @@
 """A simulated task as a LeRobot robot: deployment can be tried, and broken on purpose, without hardware.
 
 Time passes by one control step (0.1 s) with each action, whatever the clock says. When an episode ends, by success or
-its step limit, the next one begins from the next seed; the log says what each scene asks for.
+its step limit, the next one begins from the next seed, unless one_scene is set; the log says what each scene asks for.
 """
 
 import logging
@@ -119,7 +119,7 @@ class SimulatedRobot(Robot):
             for axis, key in named.items()
         ]
         seen, _, terminated, truncated, info = env.step(np.array(values, np.float32))
-        if terminated or truncated:
+        if (terminated or truncated) and not self.config.one_scene:
             self.num_episodes += 1
             self.num_successes += bool(info["is_success"])
             self._begin_episode()

@@ -68,6 +68,18 @@ def test_its_expert_solves_the_task_through_the_robots_interface(connect, kind, 
     assert (one.num_episodes, one.num_successes) == (1, 1)
 
 
+def test_one_scene_stays_after_its_task_is_solved(robot):
+    one, moving_on = robot(seed=3, one_scene=True), robot(seed=3)
+    before, tips = one.instruction, []
+    for _ in range(60):
+        action = one._connected().expert_action()
+        for either in (one, moving_on):
+            either.send_action({"x.vel": float(action[0]), "y.vel": float(action[1])})
+        tips.append([one.get_observation()[name] for name in ("x.pos", "y.pos")])
+    assert moving_on.num_episodes and not one.num_episodes and one.instruction == before
+    assert np.abs(np.diff(tips, axis=0)).max() < 0.04, "the tip jumped to another scene"
+
+
 def test_the_same_seed_is_the_same_scene(robot):
     a, b = robot(seed=5), robot(seed=5)
     assert a.instruction == b.instruction
