@@ -3,7 +3,7 @@
     python -m policies.serving.lerobot_async outputs/quickstart/finetune/lapa-seed0 --port 8080
     python -m lerobot.async_inference.robot_client --server_address=127.0.0.1:8080 --policy_type=lapa \\
         --pretrained_name_or_path=outputs/quickstart/finetune/lapa-seed0 --actions_per_chunk=4 \\
-        --robot.type=simulated_tabletop --task="move to the red moon"
+        --robot.type=simulated_tabletop --robot.seed=3000000 --task="move to the blue moon"
 
 LeRobot 0.6.1 keeps a closed list of policies, unpickles what comes over the network, lets the client name any model to
 load, and drops observations whose states differ by less than 1, which in metres is all of them. Here the policy is the

@@ -66,5 +66,5 @@ def test_seeds_and_arms_can_be_added_to_a_finished_study(tmp_path, runs):
     assert run_stage("study", study(seeds=[1, 3])) == {"a_score": 2.0, "b_score": 2.0}
     assert run_stage("study", study(seeds=[1, 3])) == {"a_score": 2.0, "b_score": 2.0}
     assert runs == [("a", 1), ("b", 1), ("a", 3), ("b", 3)]
-    with pytest.raises(ValueError, match="study.name was 'toy', is 'facts'"):
+    with pytest.raises(ValueError, match=r"study\.name was 'toy', is 'facts'"):
         run_stage("study", StudyConfig(str(tmp_path / "study"), Study("facts"), seeds=[5]))

@@ -1,4 +1,4 @@
-"""The guide docs/deploy.md: its Python example is run as it stands."""
+"""The guide docs/deploy.md: its Python example is run as it stands, and its commands ask for what the scene asks for."""
 
 import re
 import time
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from envs.config_simulated_tabletop import SimulatedTabletopConfig
+from envs.simulated_tabletop import SimulatedTabletop
 from lapa.schema import Embodiment
 from tests.policies.serving.test_server import TOKEN, serving_thread
 
@@ -36,3 +38,14 @@ def test_the_robot_loop_of_the_guide_moves_the_robot(monkeypatch):
     assert server.metrics.requests == {"ok": 30}
     assert names["safety"].counts.num_commands == 60 and names["safety"].stopped is None
     assert names["robot"].num_episodes >= 1 and not names["robot"].is_connected
+
+
+def test_the_commands_give_the_task_that_their_scene_asks_for():
+    guide = GUIDE.read_text(encoding="utf-8")
+    (task,), (seed,) = set(re.findall(r'--task="(.*?)"', guide)), set(re.findall(r"seed[=:] ?(3\d+)", guide))
+    robot = SimulatedTabletop(SimulatedTabletopConfig(id="guide", seed=int(seed)))
+    robot.connect()
+    try:
+        assert robot.instruction == task
+    finally:
+        robot.disconnect()
