@@ -67,6 +67,7 @@ STAGES = {
     "evaluate": Stage(
         "LeRobot policy -> success in simulation, with intervals and videos", "envs.evaluate", "EvaluateConfig"
     ),
+    "export": Stage("policy -> ONNX, for robots without torch", "policies.export", "ExportConfig"),
     "serve": Stage("policy -> server for robots: WebSocket and HTTP", "policies.serving.server", "ServeConfig"),
     "study": Stage(
         "an experiment on the model zoo -> table with intervals",

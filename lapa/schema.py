@@ -883,6 +883,14 @@ class Embodiment:
 
 
 @dataclass
+class ExportConfig:
+    """`lapa export`: a policy's network as ONNX, with proof that it acts the same."""
+
+    output_dir: str = MISSING
+    policy: str = MISSING  # folder of `lapa finetune`, lerobot-train or save_pretrained, of type lapa
+
+
+@dataclass
 class ServeConfig:
     """`lapa serve`: a policy behind WebSocket (openpi's clients work) and HTTP POST /act.
 
@@ -891,7 +899,7 @@ class ServeConfig:
         lapa serve policy=outputs/quickstart/finetune/lapa-seed0 embodiment=tabletop host=0.0.0.0
     """
 
-    policy: str = MISSING  # folder of `lapa finetune`, lerobot-train or save_pretrained
+    policy: str = MISSING  # folder of `lapa finetune`, lerobot-train or save_pretrained, or of `lapa export`
     embodiment: Embodiment = MISSING
     host: str = "127.0.0.1"
     port: int = 8000

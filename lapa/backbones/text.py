@@ -83,6 +83,8 @@ class WordEncoder(TextEncoder):
 
 def without_empty_columns(ids_BW: Tensor) -> Tensor:
     """The ids without the columns that are padding in every row: they cost time and change nothing."""
+    if torch.compiler.is_exporting():
+        return ids_BW  # a program of fixed shapes
     return ids_BW[:, : max(1, int((ids_BW != PADDING_ID).sum(1).max()))]
 
 

@@ -165,7 +165,8 @@ class BinnedActionHead(nn.Module):
         }
 
     def _require_bins(self) -> None:
-        if not bool((self.num_bins_A > 0).all()):
+        # A program that is exported cannot ask its tensors.
+        if not torch.compiler.is_exporting() and not bool((self.num_bins_A > 0).all()):
             raise ValueError(
                 "the binned action head has no bin edges: `lapa finetune` takes them from its data set; "
                 "elsewhere call fit_bins first, or use action_head=chunk"

@@ -70,12 +70,16 @@ class ServedPolicy:
         assert config.action_feature is not None
         self.action_shape = (int(getattr(config, "chunk_size", 1)), int(config.action_feature.shape[0]))
 
-    def infer(self, observation: dict[str, Any]) -> np.ndarray:
-        """Actions (T, A) float32 for what `protocol.read_observation` returns."""
+    def batch(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """The policy's batch of one for what `protocol.read_observation` returns, preprocessed."""
         batch: dict[str, Any] = {"task": [observation["task"]]}
         for name in self.inputs:
             tensor = torch.from_numpy(np.ascontiguousarray(observation[name])).to(self.device)[None]
             batch[name] = tensor.permute(0, 3, 1, 2).float() / 255 if is_image(name) else tensor
+        return self.preprocess(batch)
+
+    def infer(self, observation: dict[str, Any]) -> np.ndarray:
+        """Actions (T, A) float32 for what `protocol.read_observation` returns."""
         with torch.inference_mode():
-            chunk_BTA = self.policy.predict_action_chunk(self.preprocess(batch))
+            chunk_BTA = self.policy.predict_action_chunk(self.batch(observation))
             return self.postprocess(chunk_BTA)[0].float().cpu().numpy()

@@ -28,10 +28,12 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from lapa.runtime import setup
 from lapa.schema import Embodiment, ServeConfig
+from policies.serving.onnx_policy import OnnxPolicy, is_export
 from policies.serving.protocol import PROTOCOL, VERSION, ProtocolError, pack, read_observation, unpack
 from policies.serving.safety import SafetyLayer, SafetyLimits, SafetyStop
 
@@ -64,11 +66,15 @@ def run(cfg: ServeConfig) -> dict:
     Raises:
         ValueError: for an address beyond this machine without a token, or limits that do not fit the policy.
     """
-    from policies.serving.served_policy import ServedPolicy
-
     compute = setup(cfg.runtime)
     token = read_token(cfg)
-    policy = ServedPolicy(cfg.policy, compute.device)
+    policy: Policy
+    if is_export(cfg.policy):
+        policy = OnnxPolicy(cfg.policy, torch.get_num_threads())
+    else:
+        from policies.serving.served_policy import ServedPolicy
+
+        policy = ServedPolicy(cfg.policy, compute.device)
     server = PolicyServer(policy, cfg, token)
     warm_up(policy)
     return asyncio.run(serve_until_signal(server, cfg))

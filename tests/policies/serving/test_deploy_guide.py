@@ -1,4 +1,4 @@
-"""The guide docs/deploy.md: its Python example is run as it stands, and its commands ask for what the scene asks for."""
+"""The guide docs/deploy.md: its Python example is run as it stands, and its task is the one of its scene."""
 
 import re
 import time

@@ -1,0 +1,95 @@
+"""The exported policy acts as the policy does, without torch, and behind the server."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lapa.schema import ByteText, ExportConfig
+from policies import export
+from policies.finetune import save_policy
+from policies.lapa.processor_lapa import make_lapa_pre_post_processors
+from policies.serving.onnx_policy import OnnxPolicy, resize
+from policies.serving.served_policy import ServedPolicy
+from tests.policies.test_lapa_policy import STATISTICS, new_policy
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+CAMERA = "observation.images.top"
+
+
+def saved(folder, policy):
+    folder.mkdir()
+    save_policy(folder, policy, *make_lapa_pre_post_processors(policy.config, STATISTICS))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A policy with binned actions (the head with most to get wrong), and its export."""
+    root = tmp_path_factory.mktemp("export")
+    policy = new_policy(action_head="bins", num_bins=8)
+    policy.model.action_head.fit_bins(torch.randn(100, 2, generator=torch.Generator().manual_seed(0)))
+    folder, exported = saved(root / "policy", policy), root / "exported"
+    exported.mkdir()
+    found = export.run(ExportConfig(str(exported), folder))
+    assert found["max_difference"] <= 1e-5
+    return folder, exported
+
+
+def test_it_acts_as_the_policy_does(folders):
+    served, exported = ServedPolicy(folders[0], torch.device("cpu")), OnnxPolicy(folders[1])
+    assert exported.inputs == served.inputs and exported.action_shape == served.action_shape
+    generator = np.random.default_rng(1)
+    for size, task in [(32, "go to the red moon"), (50, ""), (32, "word " * 40)]:
+        seen = {CAMERA: generator.integers(0, 256, (size, size, 3), dtype=np.uint8), "task": task}
+        assert np.allclose(exported.infer(seen), served.infer(seen), atol=1e-5)
+
+
+def test_a_network_that_differs_is_not_let_through(folders, monkeypatch):
+    served, exported = ServedPolicy(folders[0], torch.device("cpu")), OnnxPolicy(folders[1])
+    infer = exported.infer
+    monkeypatch.setattr(exported, "infer", lambda observation: infer(observation) + 1e-4)
+    with pytest.raises(ValueError, match="differs by"):
+        export.largest_difference(served, exported)
+
+
+def test_the_description_says_which_policy_it_is_of(folders):
+    description = json.loads((folders[1] / "export.json").read_text())
+    assert description["policy_digest"] == export.digest(export.Path(folders[0]))
+    assert description["inputs"]["images"] == ["float32", [1, 3, 32, 32]]
+    with pytest.raises(ValueError, match="written by `lapa export`"):
+        OnnxPolicy(folders[0])
+
+
+def test_it_runs_without_torch(folders):
+    code = f"""
+import sys, numpy as np
+from policies.serving.onnx_policy import OnnxPolicy
+actions = OnnxPolicy({str(folders[1])!r}).infer({{{CAMERA!r}: np.zeros((40, 30, 3), np.uint8), "task": "go"}})
+sys.exit("torch" in sys.modules or actions.shape != (3, 2))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 100), (20, 20), (33, 31)])
+def test_images_are_resized_as_torch_does(shape):
+    image = np.random.default_rng(0).random((*shape, 3)).astype(np.float32)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
+    wanted = F.interpolate(tensor, (32, 32), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    assert np.allclose(resize(image, 32), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"action_head": "flow"}, "samples chunks"), ({"text": asdict(ByteText())}, "text encoder is bytes")],
+)
+def test_what_cannot_be_exported_is_said(tmp_path, changes, reason):
+    folder = saved(tmp_path / "policy", new_policy(**changes))
+    with pytest.raises(ValueError, match=reason):
+        export.run(ExportConfig(str(tmp_path), folder))
