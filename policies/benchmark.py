@@ -98,19 +98,19 @@ def random_smolvlm(folder: Path) -> Path:
     return folder
 
 
-def smolvla_options(folder: Path) -> dict[str, Any]:
-    return {"vlm_model_name": str(random_smolvlm(folder)), "resize_imgs_with_padding": None}
+def smolvla_options(folder: Path, image_size: int) -> dict[str, Any]:
+    return {"vlm_model_name": str(random_smolvlm(folder)), "resize_imgs_with_padding": (image_size, image_size)}
 
 
-# The row, the policy's type, its options given a folder for what they need, and the extra it needs. No option may let
-# a policy download weights. One frame is observed, as our policy does.
+# The row, the policy's type, its options given a folder for what they need and the image size, and the extra it needs.
+# No option may let a policy download weights. One frame is observed, as our policy does.
 NO_DOWNLOAD = {"pretrained_backbone_weights": None, "n_obs_steps": 1}
-LEROBOT_POLICIES: dict[str, tuple[str, Callable[[Path], dict[str, Any]], str]] = {
-    "act": ("act", lambda folder: NO_DOWNLOAD, "lerobot"),
-    "diffusion": ("diffusion", lambda folder: NO_DOWNLOAD, "lerobot[diffusion]"),
+LEROBOT_POLICIES: dict[str, tuple[str, Callable[[Path, int], dict[str, Any]], str]] = {
+    "act": ("act", lambda folder, image_size: NO_DOWNLOAD, "lerobot"),
+    "diffusion": ("diffusion", lambda folder, image_size: NO_DOWNLOAD, "lerobot[diffusion]"),
     "diffusion_ddim10": (
         "diffusion",
-        lambda folder: NO_DOWNLOAD | {"noise_scheduler_type": "DDIM", "num_inference_steps": 10},
+        lambda folder, image_size: NO_DOWNLOAD | {"noise_scheduler_type": "DDIM", "num_inference_steps": 10},
         "lerobot[diffusion]",
     ),
     "smolvla": ("smolvla", smolvla_options, "lerobot[smolvla]"),
@@ -238,7 +238,7 @@ def build_runners(
                 runners[name] = exported_runner(exported, num_steps, runners["lapa"].num_parameters)
                 continue
             kind, options, extra = LEROBOT_POLICIES[name]
-            made = random_policy(kind, image_size, options(folder / f"{name}_parts"), folder / name)
+            made = random_policy(kind, image_size, options(folder / f"{name}_parts", image_size), folder / name)
             runners[name] = eager_runner(ServedPolicy(made, device), num_steps)
         except ImportError as error:
             print(f"{name} is left out: {error}" + ("" if name == "exported" else f"; pip install '{extra}'"))

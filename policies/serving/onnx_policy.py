@@ -22,7 +22,7 @@ class OnnxPolicy:
     """A folder of `lapa export`.
 
     Attributes:
-        inputs: name and shape (3, H, W) of the camera.
+        inputs: name and shape of each observation that it needs: the camera (3, H, W), and perhaps the state (P,).
         action_shape: (T, A) of what `infer` returns.
 
     Args:
@@ -44,7 +44,12 @@ class OnnxPolicy:
         description = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
         self.type = description["policy"]
         self.camera, self.image_size = description["camera"], description["inputs"]["images"][1][-1]
-        self.inputs = {self.camera: tuple(description["camera_shape"])}
+        self.inputs: dict[str, tuple[int, ...]] = {self.camera: tuple(description["camera_shape"])}
+        self.state = description.get("state")
+        if self.state:
+            self.inputs[self.state] = tuple(description["inputs"]["state"][1][1:])
+            self.state_scale_P = np.array(description["state_scale"], np.float32)
+            self.state_offset_P = np.array(description["state_offset"], np.float32)
         self.action_shape = tuple(description["outputs"]["chunk"][1][1:])
         self.max_words = description["max_words"]
         self.scale_A = np.array(description["action_scale"], np.float32)
@@ -54,12 +59,16 @@ class OnnxPolicy:
         self.session = onnxruntime.InferenceSession(folder / NETWORK_FILE, options, providers=["CPUExecutionProvider"])
 
     def infer(self, observation: dict[str, Any]) -> np.ndarray:
-        """Actions (T, A) float32 in the robot's units, for an image (H, W, 3) uint8 of any size and `task`."""
+        """Actions (T, A) float32 in the robot's units, for an image (H, W, 3) uint8 of any size, a state (P,) float32
+        and `task`.
+        """
         image_HWC = resize(observation[self.camera].astype(np.float32) / 255, self.image_size)
         ids = word_ids(observation["task"], self.max_words)
         ids_BW = np.array([ids + [0] * (self.max_words - len(ids))], np.int64)
-        images_BCHW = np.ascontiguousarray(image_HWC.transpose(2, 0, 1)[None])
-        (chunk_BTA,) = self.session.run(["chunk"], {"images": images_BCHW, "ids": ids_BW})
+        inputs = {"images": np.ascontiguousarray(image_HWC.transpose(2, 0, 1)[None]), "ids": ids_BW}
+        if self.state:
+            inputs["state"] = (observation[self.state] * self.state_scale_P + self.state_offset_P)[None]
+        (chunk_BTA,) = self.session.run(["chunk"], inputs)
         return chunk_BTA[0] * self.scale_A + self.offset_A
 
 

@@ -51,7 +51,7 @@ def test_a_policy_gives_actions_of_as_many_steps_as_asked(name, tmp_path):
     small = {"lapa": {}, "act": {"dim_model": 32, "n_heads": 2, "dim_feedforward": 32, "chunk_size": 8}}
     small["act"]["n_action_steps"] = 8
     small["diffusion"] = {"down_dims": (16, 32), "n_groups": 4, "num_train_timesteps": 2}
-    options = small[name] | (LEROBOT_POLICIES[name][1](Path(tmp_path)) if name != "lapa" else {})
+    options = small[name] | (LEROBOT_POLICIES[name][1](Path(tmp_path), 64) if name != "lapa" else {})
     folder = random_policy(name, 64, options, tmp_path / name)
     runner = eager_runner(ServedPolicy(folder, torch.device("cpu")), num_steps=2)
     runner.reset()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lerobot.configs import FeatureType, PolicyFeature
 
 from lapa.schema import ByteText, ExportConfig
 from policies import export
@@ -16,24 +17,27 @@ from policies.finetune import save_policy
 from policies.lapa.processor_lapa import make_lapa_pre_post_processors
 from policies.serving.onnx_policy import OnnxPolicy, resize
 from policies.serving.served_policy import ServedPolicy
-from tests.policies.test_lapa_policy import STATISTICS, new_policy
+from tests.policies.test_lapa_policy import STATISTICS, new_policy, small_config
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-CAMERA = "observation.images.top"
+CAMERA, STATE = "observation.images.top", "observation.state"
 
 
 def saved(folder, policy):
     folder.mkdir()
-    save_policy(folder, policy, *make_lapa_pre_post_processors(policy.config, STATISTICS))
+    state = {STATE: {"mean": torch.tensor([0.1, 0.2, 0.3]), "std": torch.tensor([1.0, 2.0, 0.5])}}
+    save_policy(folder, policy, *make_lapa_pre_post_processors(policy.config, STATISTICS | state))
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A policy with binned actions (the head with most to get wrong), and its export."""
+    """A policy of binned actions and with a state (the one with most to get wrong), and its export."""
     root = tmp_path_factory.mktemp("export")
-    policy = new_policy(action_head="bins", num_bins=8)
+    features = small_config().input_features | {STATE: PolicyFeature(FeatureType.STATE, (3,))}
+    policy = new_policy(action_head="bins", num_bins=8, input_features=features, use_state=True)
+    torch.nn.init.normal_(policy.model.state_token.projection.weight)
     policy.model.action_head.fit_bins(torch.randn(100, 2, generator=torch.Generator().manual_seed(0)))
     folder, exported = saved(root / "policy", policy), root / "exported"
     exported.mkdir()
@@ -48,7 +52,10 @@ def test_it_acts_as_the_policy_does(folders):
     generator = np.random.default_rng(1)
     for size, task in [(32, "go to the red moon"), (50, ""), (32, "word " * 40)]:
         seen = {CAMERA: generator.integers(0, 256, (size, size, 3), dtype=np.uint8), "task": task}
+        seen[STATE] = generator.standard_normal(3, np.float32)
         assert np.allclose(exported.infer(seen), served.infer(seen), atol=1e-5)
+    moved = seen | {STATE: seen[STATE] + 3}
+    assert not np.allclose(exported.infer(seen), exported.infer(moved), atol=1e-3)
 
 
 def test_a_network_that_differs_is_not_let_through(folders, monkeypatch):
@@ -71,7 +78,8 @@ def test_it_runs_without_torch(folders):
     code = f"""
 import sys, numpy as np
 from policies.serving.onnx_policy import OnnxPolicy
-actions = OnnxPolicy({str(folders[1])!r}).infer({{{CAMERA!r}: np.zeros((40, 30, 3), np.uint8), "task": "go"}})
+seen = {{{CAMERA!r}: np.zeros((40, 30, 3), np.uint8), {STATE!r}: np.zeros(3, np.float32), "task": "go"}}
+actions = OnnxPolicy({str(folders[1])!r}).infer(seen)
 sys.exit("torch" in sys.modules or actions.shape != (3, 2))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
