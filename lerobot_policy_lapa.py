@@ -1,4 +1,4 @@
-"""LeRobot imports this module at start-up, by its name's prefix: it registers the policy, environments and robots."""
+"""LeRobot imports this module at start-up, by its name's prefix: it registers policies, environments and robots."""
 
 from envs.config_gripper import GripperConfig
 from envs.config_metaworld import MetaWorldConfig
@@ -7,6 +7,7 @@ from envs.config_simulated_tabletop import SimulatedTabletopConfig
 from envs.config_tabletop import TabletopConfig
 from policies.lapa.configuration_lapa import LapaConfig
 from policies.serving.config_safe_robot import SafeRobotConfig
+from policies.unipi.configuration_unipi import UnipiConfig
 
 __all__ = [
     "GripperConfig",
@@ -16,4 +17,5 @@ __all__ = [
     "SimulatedGripperConfig",
     "SimulatedTabletopConfig",
     "TabletopConfig",
+    "UnipiConfig",
 ]

@@ -49,6 +49,16 @@ STAGES = {
         repeats=True,
     ),
     "label": Stage("quantizer + data set -> a latent action for every frame", "lapa.quantizer.label", "LabelConfig"),
+    "train_inverse": Stage(
+        "a few demonstrations -> inverse model: two frames to the actions between them",
+        "lapa.quantizer.train_inverse",
+        "TrainInverseConfig",
+    ),
+    "label_actions": Stage(
+        "inverse model + data set -> pseudo actions for every frame (VPT)",
+        "lapa.quantizer.label_actions",
+        "LabelActionsConfig",
+    ),
     "pretrain": Stage("labels -> latent vision-language-action model", "lapa.latent_vla.pretrain", "PretrainConfig"),
     "import_lapa": Stage(
         "the released LAPA-7B -> a Llama of transformers with a latent head",
@@ -56,6 +66,11 @@ STAGES = {
         "ImportLapaConfig",
     ),
     "finetune": Stage("a few demonstrations -> LeRobot policy", "policies.finetune", "FinetuneConfig"),
+    "finetune_unipi": Stage(
+        "a planner of frames + inverse model + a few demonstrations -> LeRobot policy (UniPi)",
+        "policies.finetune_unipi",
+        "FinetuneUnipiConfig",
+    ),
     "hindsight": Stage(
         "a few labelled and many unlabelled trajectories -> labelled data sets, one an arm",
         "policies.hindsight",

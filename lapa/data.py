@@ -342,11 +342,17 @@ class FramePairs:
         return sums
 
 
-def action_chunks(store: FrameStore, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Actions (N, T, A) from every frame on, and padding (N, T): True past the episode's last action."""
-    if store.actions is None:
+def action_chunks(
+    store: FrameStore, chunk_size: int, labels: tuple[np.ndarray, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Actions (N, T, A) from every frame on, and padding (N, T): True past the episode's last action.
+
+    labels: actions (N, A) in place of the store's own, and which are known (N,); padding is True for the others too.
+    """
+    if labels is None and store.actions is None:
         raise ValueError(f"{store.folder} has no actions: use a data set recorded with actions")
+    actions, is_known = labels or (store.actions, np.ones(store.num_frames, bool))
     ahead = np.arange(chunk_size)
-    is_pad = ahead[None] > store.steps_left()[:, None]
     rows = np.minimum(np.arange(store.num_frames)[:, None] + ahead, store.num_frames - 1)
-    return np.where(is_pad[..., None], 0.0, store.actions[rows]).astype(np.float32), is_pad
+    is_pad = (ahead[None] > store.steps_left()[:, None]) | ~is_known[rows]
+    return np.where(is_pad[..., None], 0.0, actions[rows]).astype(np.float32), is_pad

@@ -2,72 +2,101 @@
 
     videos ─▶ quantizer ─▶ labels ─▶ pretrain/<arm>-seed<k> ─▶ finetune/... ─▶ evaluate/... ─▶ report.html
 
-Arms share the demonstrations, the finetuning and the evaluation, and differ in their pretraining alone:
-lapa (latent actions of the videos), action_vla (their true actions, the upper bound), scratch (none).
+Arms share the demonstrations, the finetuning and the evaluation, and differ in what they were pretrained on: `ARMS`.
 Calling it again skips what is complete and resumes what was killed.
 """
 
+import contextlib
 import gc
+import multiprocessing
+import os
+import threading
 import time
-from dataclasses import replace
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from lapa.schema import PretrainConfig, RunConfig
+from tqdm import tqdm
+
+from lapa import distributed
+from lapa.checkpoint import write_json
+from lapa.runtime import available_cores
+from lapa.schema import RunConfig
 from lapa.stage import peak_memory_mb, run_stage
 
-PRETRAIN_TARGET = {"lapa": "latent", "action_vla": "action", "scratch": None}
+Job = tuple[str, Any]  # a verb of `lapa.cli.STAGES` and its options
+
+STAGES = [
+    "ingest",
+    "demos",
+    "train_quantizer",
+    "label",
+    "train_inverse",
+    "label_actions",
+    "pretrain",
+    "finetune",
+    "evaluate",
+    "report",
+]
+# Jobs that belong to a stage of another name.
+STAGE_OF = {"finetune_unipi": "finetune"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a policy has seen before the demonstrations.
+
+    target: what it is pretrained to predict (`PretrainConfig.target`); None: it is not pretrained.
+    labels: of target=latent, the source of `lapa label`; of target=action, `inverse` (pseudo actions) or `true`.
+    adds_pretraining: its finetuning takes as many samples as the pretraining of other arms, beside its own.
+    """
+
+    target: str | None = None
+    labels: str | None = None
+    adds_pretraining: bool = False
+
+
+ARMS = {
+    "scratch": Arm(),
+    "lapa": Arm("latent", "quantizer"),
+    "vpt": Arm("action", "inverse"),
+    "unipi": Arm("frame"),
+    "action_vla": Arm("action", "true"),
+    # Controls: what is left of LAPA when its labels say nothing, or come without learning; more of Scratch; and the
+    # best that so many codes can say.
+    "shuffled": Arm("latent", "shuffled"),
+    "pixel_kmeans": Arm("latent", "pixel_differences"),
+    "oracle": Arm("latent", "actions"),
+    "scratch_long": Arm(adds_pretraining=True),
+}
 
 
 def run(config: RunConfig) -> dict:
     """Run the stages of `config.stages`, in their fixed order, for every arm and seed."""
-    unknown = sorted(set(config.arms) - set(PRETRAIN_TARGET))
+    unknown = sorted(set(config.arms) - set(ARMS))
     if unknown:
-        raise ValueError(f"unknown arms {unknown}: known are {sorted(PRETRAIN_TARGET)}")
-    known = ["ingest", "demos", "train_quantizer", "label", "pretrain", "finetune", "evaluate", "report"]
-    unknown = sorted(set(config.stages) - set(known))
+        raise ValueError(f"unknown arms {unknown}: known are {sorted(ARMS)}")
+    unknown = sorted(set(config.stages) - set(STAGES))
     if unknown:
-        raise ValueError(f"unknown stages {unknown}: known are {known}")
+        raise ValueError(f"unknown stages {unknown}: known are {STAGES}")
+    if config.parallel_jobs > 1 and distributed.world_size() > 1:
+        raise ValueError("parallel_jobs and torchrun exclude each other: one of them shall use the cores")
 
     started = time.perf_counter()
-
-    def stage(verb: str, options, **changes) -> None:
-        if verb not in config.stages:
-            return
-        if hasattr(options, "runtime"):
-            changes["runtime"] = config.runtime
-        print(f"\n== {verb} {changes.get('output_dir', '')}".rstrip(), flush=True)
-        run_stage(verb, replace(options, **changes))
-        gc.collect()
-
-    stage("ingest", config.ingest)
-    stage("demos", config.videos)
-    stage("demos", config.demos)
-    stage("train_quantizer", config.train_quantizer)
-    stage("label", config.label)
-    for seed in config.seeds:
-        for arm in config.arms:
-            name = f"{arm}-seed{seed}"
-            pretrained = pretrain_changes(config.pretrain, arm, seed)
-            if pretrained:
-                stage("pretrain", config.pretrain, **pretrained)
-            stage(
-                "finetune",
-                config.finetune,
-                backbone=config.pretrain.backbone,
-                image_tokenizer=config.pretrain.image_tokenizer,
-                image_size=config.pretrain.image_size,
-                text=config.pretrain.text,
-                pretrained=pretrained.get("output_dir"),
-                output_dir=f"{config.finetune.output_dir}/{name}",
-                training=replace(config.finetune.training, seed=seed),
-            )
-            stage(
-                "evaluate",
-                config.evaluate,
-                policy=f"{config.finetune.output_dir}/{name}",
-                output_dir=f"{config.evaluate.output_dir}/{name}",
-            )
-    stage("report", config.report)
+    shared, chains = shared_jobs(config), chains_of(config)
+    if distributed.is_main():
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.run_dir) / "run.json", asdict(config))
+    run_jobs(shared)
+    if config.parallel_jobs > 1:
+        run_in_parallel(chains, config.parallel_jobs, Path(config.run_dir) / "logs")
+    else:
+        for jobs in chains.values():
+            run_jobs(jobs)
+    if "report" in config.stages:
+        run_jobs([("report", config.report)])
     return {
         "run_dir": str(Path(config.run_dir).resolve()),
         "wall_time_s": round(time.perf_counter() - started, 1),
@@ -75,18 +104,169 @@ def run(config: RunConfig) -> dict:
     }
 
 
-def pretrain_changes(pretrain: PretrainConfig, arm: str, seed: int) -> dict:
-    """How an arm's pretraining differs from the configured one; empty for an arm without pretraining."""
-    target = PRETRAIN_TARGET[arm]
+def shared_jobs(config: RunConfig) -> list[Job]:
+    """What all arms and seeds build on, and no more than the arms need."""
+    arms = [ARMS[arm] for arm in config.arms]
+    jobs: list[Job] = [
+        ("ingest", config.ingest),
+        ("demos", config.videos),
+        ("demos", config.demos),
+        ("train_quantizer", config.train_quantizer),
+    ]
+    for source in sorted({arm.labels or "" for arm in arms if arm.target == "latent"}):
+        actions = config.pretrain.action_data if source == "actions" else config.label.action_data
+        folder = labels_of(config.label.output_dir, source)
+        jobs.append(("label", replace(config.label, source=source, action_data=actions, output_dir=folder)))
+    is_vpt_in, is_unipi_in = any(arm.labels == "inverse" for arm in arms), any(arm.target == "frame" for arm in arms)
+    if is_vpt_in or is_unipi_in:
+        jobs.append(("train_inverse", config.train_inverse))
+    if is_vpt_in:
+        jobs.append(("label_actions", config.label_actions))
+    return chosen(config, jobs)
+
+
+def chains_of(config: RunConfig) -> dict[str, list[Job]]:
+    """Pretraining, finetuning and evaluation of every arm and seed, by name; no chain waits for another."""
+    chains = {}
+    for seed in config.seeds:
+        for arm in config.arms:
+            name = f"{arm}-seed{seed}"
+            jobs = pretrain_jobs(config, arm, seed)
+            jobs.append(finetune_job(config, arm, seed, jobs[0][1].output_dir if jobs else None))
+            policy = jobs[-1][1].output_dir
+            # One split lies in the folder itself, several in a folder each.
+            for split in config.evaluate_splits or [config.evaluate.split]:
+                place = f"{split}/{name}" if config.evaluate_splits else name
+                folder = f"{config.evaluate.output_dir}/{place}"
+                jobs.append(("evaluate", replace(config.evaluate, split=split, policy=policy, output_dir=folder)))
+            chains[name] = chosen(config, jobs)
+    return chains
+
+
+def finetune_job(config: RunConfig, arm: str, seed: int, pretrained: str | None) -> Job:
+    """The arm's way from what it was pretrained to, to a policy."""
+    output_dir = f"{config.finetune.output_dir}/{arm}-seed{seed}"
+    training = replace(config.finetune.training, seed=seed)
+    if ARMS[arm].target == "frame":
+        return "finetune_unipi", replace(
+            config.finetune_unipi,
+            data=config.finetune.data,
+            pretrained=pretrained,
+            random_shift_pixels=config.finetune.random_shift_pixels,
+            num_action_steps=config.finetune.num_action_steps,
+            pretrained_learning_rate_ratio=config.finetune.pretrained_learning_rate_ratio,
+            output_dir=output_dir,
+            training=training,
+        )
+    if ARMS[arm].adds_pretraining:
+        samples = config.pretrain.training.num_steps * config.pretrain.training.batch_size
+        training = replace(training, num_steps=training.num_steps + round(samples / training.batch_size))
+    return "finetune", replace(
+        config.finetune,
+        backbone=config.pretrain.backbone,
+        image_tokenizer=config.pretrain.image_tokenizer,
+        image_size=config.pretrain.image_size,
+        text=config.pretrain.text,
+        pretrained=pretrained,
+        output_dir=output_dir,
+        training=training,
+    )
+
+
+def pretrain_jobs(config: RunConfig, arm: str, seed: int) -> list[Job]:
+    """The arm's pretraining; none for an arm without."""
+    target, source = ARMS[arm].target, ARMS[arm].labels
     if target is None:
-        return {}
-    changes: dict = {
-        "target": target,
-        "output_dir": f"{pretrain.output_dir}/{arm}-seed{seed}",
-        "training": replace(pretrain.training, seed=seed),
-    }
-    if target == "action":
-        if pretrain.action_data is None:
-            raise ValueError("the action_vla arm needs pretrain.action_data=<the same episodes with actions>")
-        changes |= {"labels": None, "data": pretrain.action_data}
-    return changes
+        return []
+    pretrain = replace(
+        config.pretrain,
+        target=target,
+        labels=labels_of(config.pretrain.labels or config.label.output_dir, source) if target == "latent" else None,
+        action_labels=config.label_actions.output_dir if source == "inverse" else None,
+        output_dir=f"{config.pretrain.output_dir}/{arm}-seed{seed}",
+        training=replace(config.pretrain.training, seed=seed),
+    )
+    if source in ("true", "actions") and config.pretrain.action_data is None:
+        raise ValueError(f"the {arm} arm needs pretrain.action_data=<the same episodes with actions>")
+    if source == "true":
+        pretrain = replace(pretrain, data=config.pretrain.action_data)
+    return [("pretrain", pretrain)]
+
+
+def labels_of(folder: str, source: str | None) -> str:
+    """The quantizer's labels lie in `folder`, those of another source beside it."""
+    return folder if source == "quantizer" else f"{folder}-{source}"
+
+
+def chosen(config: RunConfig, jobs: list[Job]) -> list[Job]:
+    """The jobs whose stage was asked for, each with the run's runtime."""
+    runtime = config.runtime
+    if config.parallel_jobs > 1 and not runtime.num_threads:
+        runtime = replace(runtime, num_threads=max(1, available_cores() // config.parallel_jobs))
+    return [
+        (verb, replace(options, runtime=runtime) if hasattr(options, "runtime") else options)
+        for verb, options in jobs
+        if STAGE_OF.get(verb, verb) in config.stages
+    ]
+
+
+def run_jobs(jobs: list[Job]) -> None:
+    """One after the other, in this process."""
+    for verb, options in jobs:
+        print(f"\n== {verb} {getattr(options, 'output_dir', '')}".rstrip(), flush=True)
+        run_stage(verb, options)
+        gc.collect()
+
+
+def run_in_parallel(chains: dict[str, list[Job]], num_processes: int, folder: Path) -> None:
+    """Each chain in a process of its own, `num_processes` at a time; what they print goes to <folder>/<chain>.log.
+
+    A chain that fails stops no other. Raises ValueError at the end, with what they said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = {}
+    # spawn: a forked process would share this one's graphics context and threads.
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(num_processes, context, end_with_parent, max_tasks_per_child=1) as pool,
+        tqdm(total=len(chains), desc="arms and seeds", unit="chain") as bar,
+    ):
+        jobs = {pool.submit(run_chain, chain, folder / f"{name}.log"): name for name, chain in chains.items()}
+        for job in as_completed(jobs):
+            message = job.result()
+            if message is not None:
+                failures[jobs[job]] = message
+            bar.update()
+    if failures:
+        told = "\n".join(f"  {name}: {message}" for name, message in sorted(failures.items()))
+        raise ValueError(
+            f"{len(failures)} of {len(chains)} chains failed; the same command runs them again, and {folder} holds "
+            f"what they printed:\n{told}"
+        )
+
+
+def run_chain(jobs: list[Job], log: Path) -> str | None:
+    """In a process of `run_in_parallel`: what went wrong, or None."""
+    with (
+        log.open("a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        try:
+            run_jobs(jobs)
+        except Exception as error:  # the other chains go on, whatever it was
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+def end_with_parent() -> None:
+    """In a process of the pool: end when the run is killed, which else leaves it waiting for work forever."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

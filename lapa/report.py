@@ -1,25 +1,42 @@
-"""`lapa report`: one self-contained HTML page of a run directory, for a person to look at.
+"""`lapa report`: a run directory's tables and figures, and one self-contained HTML page for a person to look at.
 
 Reads only what the stages wrote: `stage.json`, `log.jsonl`, `metrics.json`, `images/*.png`,
 `episodes.jsonl` and `videos/*.mp4`. What a run does not have is left out.
+
+run_dir/
+    report.html
+    tables/success.*       success with intervals, a split, family and arm (csv, json, md, png)
+    tables/comparisons.*   differences between arms and gap closures, with intervals (csv, json, md)
+    tables/curve.*         success by what a sweep varied, of runs in points/<number> (csv, json, md, png)
 """
 
 import base64
 import html
 import io
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from lapa import tables
 from lapa.checkpoint import read_json
+from lapa.outcomes import ARM_NAMES, Outcomes, headline, in_order, read_outcomes, with_pooled
 from lapa.schema import ReportConfig
-from lapa.statistics import gap_closure, interval, resampled_means, wilson_interval
+from lapa.statistics import wilson_interval
+from lapa.tables import percent
 from lapa.trainer import read_log
 
-ARM_NAMES = {"scratch": "Scratch", "lapa": "LAPA", "action_vla": "ActionVLA (upper bound)"}
-ARM_COLOURS = {"scratch": "#8a8f98", "lapa": "#2f6fde", "action_vla": "#1f9d6b"}
+ARM_COLOURS = {
+    "scratch": "#8a8f98",
+    "scratch_long": "#5b6472",
+    "unipi": "#b5651d",
+    "vpt": "#d99a1c",
+    "shuffled": "#c9b8d8",
+    "pixel_kmeans": "#9a6fb8",
+    "lapa": "#2f6fde",
+    "oracle": "#4fb3bf",
+    "action_vla": "#1f9d6b",
+}
 QUANTIZER_IMAGES = {
     "reconstructions": "Held-out pairs: present frame, future frame, reconstruction from the latent action, errors.",
     "gallery": "Every latent action (or a sample of them) applied to the same frames.",
@@ -29,17 +46,17 @@ QUANTIZER_IMAGES = {
 }
 MAX_VIDEOS_PER_ARM = 4
 
-Outcomes = dict[str, dict[str, np.ndarray]]  # family -> arm -> (seeds, episodes)
-
 
 def run(config: ReportConfig) -> dict:
-    """Write the page; returns its path and the headline numbers."""
+    """Write tables, figures and the page; returns its path and the headline numbers."""
     run_dir = Path(config.run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"no run directory {run_dir}: expected the run_dir of `lapa run`")
     outcomes, missing = read_outcomes(run_dir / "evaluate")
+    points = {float(folder.name): read_outcomes(folder / "evaluate")[0] for folder in find_points(run_dir)}
     sections = [
-        success_section(outcomes, missing),
+        success_section(outcomes, missing, run_dir / "tables"),
+        curve_section(points, config.curve, run_dir / "tables"),
         rollout_section(run_dir / "evaluate"),
         quantizer_section(run_dir / "quantizer"),
         curves_section(run_dir),
@@ -54,118 +71,55 @@ def run(config: ReportConfig) -> dict:
     return {"report": str(output.resolve()), **headline(outcomes)}
 
 
-def read_outcomes(folder: Path) -> tuple[Outcomes, list[str]]:
-    """Success of every family, arm, seed and episode; and what had to be left out, in words."""
-    successes: dict = defaultdict(lambda: defaultdict(dict))
-    crashed: dict[str, int] = defaultdict(int)
-    for path in sorted(folder.glob("*-seed*/episodes.jsonl")):
-        arm, seed = path.parent.name.rsplit("-seed", 1)
-        for line in path.read_text(encoding="utf-8").splitlines():
-            episode = json.loads(line)
-            if episode.get("error"):
-                crashed[path.parent.name] += 1
-            successes[episode["family"]][arm].setdefault(int(seed), {})[episode["seed"]] = bool(episode["success"])
-    missing = [f"{count} episodes of {name} crashed and count as failures." for name, count in crashed.items()]
-    outcomes: Outcomes = {}
-    for family, arms in successes.items():
-        every_run = [episodes for seeds in arms.values() for episodes in seeds.values()]
-        shared = sorted(set.intersection(*(set(episodes) for episodes in every_run)))
-        if any(len(episodes) > len(shared) for episodes in every_run):
-            missing.append(f"{family}: only the {len(shared)} episodes that every arm and seed has are compared.")
-        outcomes[family] = {
-            arm: np.array([[episodes[s] for s in shared] for _, episodes in sorted(seeds.items())])
-            for arm, seeds in arms.items()
-        }
-    return outcomes, missing
-
-
-def headline(outcomes: Outcomes) -> dict:
-    """Success of each arm over all families, and the gap closure."""
-    pooled = pool_families(outcomes)
-    numbers: dict = {f"success_{arm}": round(float(array.mean()), 4) for arm, array in pooled.items()}
-    closure = gap_closure(pooled)
-    if closure:
-        numbers["gap_closure"] = round(closure["value"], 3)
-    return numbers
-
-
-def pool_families(outcomes: Outcomes) -> dict[str, np.ndarray]:
-    """arm -> (seeds, episodes of all families)."""
-    if not outcomes:
-        return {}
-    arms = set.intersection(*(set(by_arm) for by_arm in outcomes.values()))
-    return {
-        arm: np.concatenate([by_arm[arm] for by_arm in outcomes.values()], axis=1)
-        for arm in [a for a in ARM_NAMES if a in arms] + sorted(arms - set(ARM_NAMES))
-    }
+def find_points(run_dir: Path) -> list[Path]:
+    """The folders points/<number> of a sweep, by number."""
+    folders = [path for path in run_dir.glob("points/*") if path.name.replace(".", "", 1).isdigit()]
+    return sorted(folders, key=lambda path: float(path.name))
 
 
 # Sections
 
 
-def success_section(outcomes: Outcomes, missing: list[str]) -> str:
+def success_section(outcomes: Outcomes, missing: list[str], folder: Path) -> str:
+    """Write success and comparisons into `folder`, and show them."""
     if not outcomes:
         return ""
-    groups = {family: outcomes[family] for family in outcomes}
-    if len(outcomes) > 1:
-        groups["all families"] = pool_families(outcomes)
-    rows = []
-    for family, by_arm in groups.items():
-        ordered = [a for a in ARM_NAMES if a in by_arm] + sorted(set(by_arm) - set(ARM_NAMES))
-        bootstrap = resampled_means(by_arm)
-        for arm in ordered:
-            array = by_arm[arm]
-            low, high = wilson_interval(int(array.sum()), array.size)
-            hierarchical = interval(bootstrap[arm])
-            rows.append(
-                [
-                    family,
-                    ARM_NAMES.get(arm, arm),
-                    percent(array.mean()),
-                    f"{percent(low)} to {percent(high)}",
-                    f"{percent(hierarchical[0])} to {percent(hierarchical[1])}",
-                    ", ".join(percent(value) for value in array.mean(axis=1)),
-                    f"{array.shape[0]} x {array.shape[1]}",
-                ]
-            )
-    closures = []
-    for family, by_arm in groups.items():
-        if "action_vla" not in by_arm or "scratch" not in by_arm or "lapa" not in by_arm:
-            continue
-        closure = gap_closure(by_arm)
-        closures.append(
-            f"<li>{escape(family)}: gap closure (LAPA − Scratch) / (ActionVLA − Scratch) = "
-            + (
-                f"<b>{closure['value']:.2f}</b> [{closure['low']:.2f}, {closure['high']:.2f}]</li>"
-                if closure
-                else "left out, ActionVLA − Scratch is inside the noise.</li>"
-            )
-        )
-    header = [
-        "family",
-        "arm",
-        "success",
-        "95% Wilson",
-        "95% over seeds and episodes",
-        "by seed",
-        "seeds x episodes",
-    ]
+    success, comparisons = tables.success_table(outcomes), tables.comparison_table(outcomes)
+    picture = success_bars(with_pooled(outcomes))
+    success.write(folder, "success", picture)
+    comparisons.write(folder, "comparisons")
     notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
     return (
         "<h2>Success in MuJoCo</h2><p>All arms share the architecture, the demonstrations, the finetuning, the "
         "decoding and the initial states; they differ in what they were pretrained on.</p>"
-        + image(success_bars(groups), "success with 95% Wilson intervals")
-        + table(header, rows)
-        + f"<ul>{''.join(closures)}{notes}</ul>"
+        + image(picture, "success with 95% Wilson intervals")
+        + table(success.header, success.text)
+        + f"<h3>Differences and gap closures</h3>{table(comparisons.header, comparisons.text)}"
+        + f"<ul>{notes}</ul>"
+    )
+
+
+def curve_section(points: dict[float, Outcomes], axis: str, folder: Path) -> str:
+    """Write the curve of a sweep into `folder`, and show it; `axis` says what the points are numbers of."""
+    points = {x: outcomes for x, outcomes in points.items() if outcomes}
+    if not points:
+        return ""
+    curve = tables.curve_table(points, axis)
+    picture = success_curves(curve.rows, axis)
+    curve.write(folder, "curve", picture)
+    return (
+        f"<h2>Success by {escape(axis)}</h2>"
+        + image(picture, "success with 95% intervals over seeds and episodes")
+        + table(curve.header, curve.text)
     )
 
 
 def rollout_section(folder: Path) -> str:
     cells = []
-    for arm_folder in sorted(folder.glob("*-seed*")):
+    for arm_folder in sorted([*folder.glob("*-seed*"), *folder.glob("*/*-seed*")]):
         for video in sorted((arm_folder / "videos").glob("*.mp4"))[:MAX_VIDEOS_PER_ARM]:
             source = f"data:video/mp4;base64,{encode(video.read_bytes())}"
-            caption = escape(f"{arm_folder.name}: {video.stem}")
+            caption = escape(f"{arm_folder.relative_to(folder)}: {video.stem}")
             cells.append(
                 f'<figure><video src="{source}" autoplay loop muted playsinline></video>'
                 f"<figcaption>{caption}</figcaption></figure>"
@@ -266,10 +220,10 @@ def provenance_section(run_dir: Path) -> str:
 
 
 def success_bars(groups: Outcomes) -> bytes:
-    arms = list(dict.fromkeys(a for a in ARM_NAMES for by_arm in groups.values() if a in by_arm))
-    arms += sorted({a for by_arm in groups.values() for a in by_arm} - set(arms))
-    figure, axes = new_figure(1.9 * len(groups) + 2.6, 3.4)
+    arms = in_order({arm for by_arm in groups.values() for arm in by_arm})
+    figure, axes = new_figure(max(1.9, 0.42 * len(arms)) * len(groups) + 2.6, 3.4)
     width = 0.8 / len(arms)
+    labelled = set()
     for position, arm in enumerate(arms):
         for group, by_arm in enumerate(groups.values()):
             if arm not in by_arm:
@@ -282,14 +236,42 @@ def success_bars(groups: Outcomes) -> bytes:
                 rate,
                 width * 0.92,
                 color=ARM_COLOURS.get(arm, "#b8860b"),
-                label=ARM_NAMES.get(arm, arm) if group == 0 else None,
+                label=None if arm in labelled else ARM_NAMES.get(arm, arm),
                 yerr=[[max(0.0, rate - low)], [max(0.0, high - rate)]],
                 error_kw={"capsize": 3, "lw": 1},
             )
-            axes.text(x, min(1.0, high + 0.02), percent(rate), ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(range(len(groups)), [name.replace("_", " ") for name in groups])
+            labelled.add(arm)
+            axes.text(x, min(1.0, high + 0.02), percent(rate), ha="center", va="bottom", fontsize=8 - len(arms) // 5)
+    axes.set_xticks(range(len(groups)), tables.group_names(list(groups)))
     axes.set_ylim(0, 1.12)
     axes.set_ylabel("success rate")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return png(figure)
+
+
+def success_curves(rows: list[dict], axis: str) -> bytes:
+    from matplotlib.figure import Figure
+
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    figure = Figure(figsize=(4.2 * len(splits) + 1.6, 3.4), layout="constrained")
+    for axes, split in zip(np.atleast_1d(figure.subplots(1, len(splits), sharey=True)), splits, strict=True):
+        for arm in in_order({row["arm"] for row in rows}):
+            own = [row for row in rows if row["split"] == split and row["arm"] == arm]
+            x, y = [row["point"] for row in own], [row["success"] for row in own]
+            colour = ARM_COLOURS.get(arm, "#b8860b")
+            axes.plot(x, y, "o-", lw=1.5, ms=4, color=colour, label=ARM_NAMES.get(arm, arm))
+            axes.fill_between(x, [row["low"] for row in own], [row["high"] for row in own], color=colour, alpha=0.15)
+        points = sorted({row["point"] for row in rows})
+        if points[0] > 0:
+            axes.set_xscale("log")
+        axes.set_xticks(points, [f"{point:g}" for point in points])
+        axes.minorticks_off()
+        axes.set_xlabel(axis)
+        axes.set_ylim(0, 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(splits) > 1:
+            axes.set_title(split, fontsize=10)
+    axes.set_ylabel("success rate") if len(splits) == 1 else figure.supylabel("success rate", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return png(figure)
 
@@ -373,10 +355,6 @@ def encode(data: bytes) -> str:
 
 def escape(text: str) -> str:
     return html.escape(text)
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.0f}%"
 
 
 def number(value: float) -> str:

@@ -506,12 +506,59 @@ class CompareQuantizersConfig:
 
 
 @dataclass
+class TrainInverseConfig:
+    """`lapa train_inverse`: a few demonstrations teach which actions lie between two frames (VPT, arXiv 2206.11795).
+
+    The model looks at a pair of frames as the convolutional quantizer does, and tells all the actions between them.
+    """
+
+    output_dir: str = MISSING
+    data: str = MISSING  # the demonstrations, with actions; nothing else is learned from
+    test_data: str | None = None  # other episodes with actions, which only measure the model
+    frame_gap_s: float = 0.3
+    frame_gap_frames: int | None = None  # states the gap in frames, for clips whose clock is not real time
+    holdout_fraction: float = 0.1  # of the demonstrations, by episode; measured, never trained on
+    image_size: int = 64
+    width: int = 24  # of the convolutions
+    num_keypoints: int = 32  # whose displacement between the frames gives the actions
+    random_shift_pixels: int = 4  # of both frames of a pair alike; 0: off
+    num_test_pairs: int = 4096
+    cache_dir: str | None = None
+    training: Training = field(
+        default_factory=lambda: Training(num_steps=1000, batch_size=32, learning_rate=2e-3, checkpoint_every_steps=200)
+    )
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class LabelActionsConfig:
+    """`lapa label_actions`: an inverse model writes the actions that it believes were executed in a video."""
+
+    inverse: str = MISSING
+    data: str = MISSING
+    output_dir: str = MISSING
+    # In these data, as long as the inverse model's gap; null: the same gap, for data of the same frame rate.
+    frame_gap_frames: int | None = None
+    batch_size: int = 256
+    cache_dir: str | None = None
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
 class LabelConfig:
-    """`lapa label`: the trained quantizer writes a latent action for every frame of a data set."""
+    """`lapa label`: the trained quantizer writes a latent action for every frame of a data set.
+
+    The other sources are controls, at the quantizer's frame gap and with a vocabulary as large as its own: shuffled
+    (its labels, given to other frames), pixel_differences (k-means on what changes in the picture, without learning),
+    actions (k-means on the displacements truly executed: the best that so many codes can say).
+    """
 
     quantizer: str = MISSING
     data: str = MISSING
     output_dir: str = MISSING
+    source: str = "quantizer"  # quantizer | shuffled | pixel_differences | actions
+    action_data: str | None = None  # the same episodes with actions (source=actions)
+    seed: int = 0  # of the shuffling and of k-means
     evaluation: str | None = None  # folder of `lapa evaluate_quantizer` with the gate; default: the quantizer's own
     batch_size: int = 256
     cache_dir: str | None = None
@@ -714,16 +761,18 @@ class HuggingFaceText(TextEncoder):
 
 @dataclass
 class PretrainConfig:
-    """`lapa pretrain`: image and instruction to latent actions (or to true actions: ActionVLA)."""
+    """`lapa pretrain`: image and instruction to latent actions (or to actions: ActionVLA, VPT; to frames: UniPi)."""
 
     output_dir: str = MISSING
     data: str | None = None
     mixture: list[MixturePart] = field(
         default_factory=list
     )  # several data sets, in place of data and labels: docs/mixtures.md
-    target: str = "latent"  # latent | action (the upper bound, needs a data set with actions)
+    # latent | action (the upper bound, needs a data set with actions) | frame (what UniPi plans by)
+    target: str = "latent"
     labels: str | None = None  # folder of `lapa label`; needed for target=latent
-    action_data: str | None = None  # `lapa run` only: the same episodes with actions, for the action_vla arm
+    action_labels: str | None = None  # folder of `lapa label_actions`: target=action learns these (VPT)
+    action_data: str | None = None  # `lapa run` only: the same episodes with actions, for the arms that may see them
     backbone: Backbone = MISSING
     text: TextEncoder = MISSING
     image_size: int = 64
@@ -731,6 +780,8 @@ class PretrainConfig:
     random_shift_pixels: int = 4  # augmentation, zero: off
     chunk_size: int = 4  # actions predicted at once (target=action)
     future_frame: FutureFrame = field(default_factory=FutureFrame)
+    frame_gap_s: float = 0.3  # from the present frame to the planned one (target=frame)
+    frame_gap_frames: int | None = None  # states it in frames, for clips whose clock is not real time
     # The same model, or one with a dense backbone that backbone=moma is upcycled from.
     init_from: str | None = None  # folder of `lapa pretrain` with the first weights; null: random ones
     ignore_gate: bool = False  # pretrain even on a quantizer that failed its gate
@@ -778,6 +829,27 @@ class FinetuneConfig:
     state_dropout: float = 0.0  # share of the samples in training whose state is hidden; policies like to copy it
     num_episodes: int | None = None  # the first n episodes only, of each data set; null: all
     pretrained_learning_rate_ratio: float = 0.05  # pretrained weights learn slower; a few demos would wreck them
+    cache_dir: str | None = None
+    training: Training = field(default_factory=lambda: Training(num_steps=150, learning_rate=2e-3, warmup_steps=20))
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class FinetuneUnipiConfig:
+    """`lapa finetune_unipi`: demonstrations finish a planner of frames; an inverse model acts on its plans (UniPi).
+
+    The planner comes from `lapa pretrain target=frame`, the inverse model from `lapa train_inverse` (arXiv 2302.00111).
+    """
+
+    output_dir: str = MISSING
+    data: str = MISSING
+    pretrained: str = MISSING
+    inverse: str = MISSING
+    random_shift_pixels: int = 4
+    num_action_steps: int = 2  # before the policy plans again; at most the inverse model's frame gap
+    num_sampling_steps: int = 5  # from noise to a planned frame
+    guidance: float = 1.0  # 1: none
+    pretrained_learning_rate_ratio: float = 0.05  # all of the planner is pretrained
     cache_dir: str | None = None
     training: Training = field(default_factory=lambda: Training(num_steps=150, learning_rate=2e-3, warmup_steps=20))
     runtime: Runtime = field(default_factory=Runtime)
@@ -1044,11 +1116,12 @@ class StudyConfig:
 
 @dataclass
 class ReportConfig:
-    """`lapa report`: one self-contained HTML page of a run directory."""
+    """`lapa report`: tables and figures of a run directory, and one self-contained HTML page."""
 
     run_dir: str = MISSING
     output: str | None = None  # default: report.html in run_dir
     title: str | None = None
+    curve: str = "point"  # what the numbers in points/<number> count: the curve's horizontal axis
 
 
 @dataclass
@@ -1061,21 +1134,30 @@ class RunConfig:
             "demos",
             "train_quantizer",
             "label",
+            "train_inverse",
+            "label_actions",
             "pretrain",
             "finetune",
             "evaluate",
             "report",
         ]
     )
+    # scratch | lapa | vpt | unipi | action_vla | controls: shuffled, pixel_kmeans, oracle, scratch_long
     arms: list[str] = field(default_factory=lambda: ["lapa", "scratch", "action_vla"])
     seeds: list[int] = field(default_factory=lambda: [0])
+    evaluate_splits: list[str] = field(default_factory=list)  # evaluate each of these; empty: evaluate.split alone
+    parallel_jobs: int = 1  # arms and seeds at work at once, each in a process with its share of the cores
     ingest: IngestConfig = field(default_factory=IngestConfig)
     videos: DemosConfig = field(default_factory=DemosConfig)  # the many episodes seen as video
     demos: DemosConfig = field(default_factory=DemosConfig)  # the few robot demonstrations
     train_quantizer: TrainQuantizerConfig = field(default_factory=TrainQuantizerConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
+    train_inverse: TrainInverseConfig = field(default_factory=TrainInverseConfig)
+    label_actions: LabelActionsConfig = field(default_factory=LabelActionsConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    # Of the arm unipi; data, steps and rates are those of `finetune`.
+    finetune_unipi: FinetuneUnipiConfig = field(default_factory=FinetuneUnipiConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     runtime: Runtime = field(default_factory=Runtime)  # overrides every stage's own

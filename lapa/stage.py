@@ -19,7 +19,7 @@ from lapa.cli import STAGES
 RECORD = "stage.json"
 PACKAGES = ("torch", "lerobot", "mujoco", "gymnasium", "numpy", "av", "opencv-python-headless", "hydra-core")
 # The stages that processes started by `torchrun` share; any other is run by the first process while the rest wait.
-DATA_PARALLEL = {"train_quantizer", "pretrain", "finetune"}
+DATA_PARALLEL = {"train_quantizer", "train_inverse", "pretrain", "finetune", "finetune_unipi"}
 # Where a stage runs, with how many processes and how chattily, does not change what it makes.
 NOT_COMPARED = {"device", "num_threads", "num_workers", "runner", "cache_dir", "tensorboard", "log_every_steps"}
 

@@ -1,4 +1,4 @@
-"""Intervals for success rates, and the gap closure between Scratch and the upper bound.
+"""Intervals for success rates, their differences, and the gap closure between Scratch and the upper bound.
 
 Outcomes of an arm are an array (S, E) of 0 and 1: training seeds by paired episodes.
 """
@@ -28,19 +28,28 @@ def resampled_means(outcomes: dict[str, np.ndarray], seed: int = 0) -> dict[str,
     if len(num_episodes) != 1:
         raise ValueError(f"arms have {sorted(num_episodes)} episodes: paired statistics need the same episodes")
     (count,) = num_episodes
-    means = {arm: np.empty(NUM_RESAMPLES) for arm in outcomes}
+    # How often each resample holds an episode, and an arm's seed: the mean is a sum over both.
+    episode_times = np.empty((NUM_RESAMPLES, count))
+    seed_times = {arm: np.empty((NUM_RESAMPLES, len(array))) for arm, array in outcomes.items()}
     for index in range(NUM_RESAMPLES):
-        episodes = generator.integers(count, size=count)
-        for arm, array in outcomes.items():
-            seeds = generator.integers(len(array), size=len(array))
-            means[arm][index] = array[seeds][:, episodes].mean()
-    return means
+        episode_times[index] = np.bincount(generator.integers(count, size=count), minlength=count)
+        for times in seed_times.values():
+            num_seeds = times.shape[1]
+            times[index] = np.bincount(generator.integers(num_seeds, size=num_seeds), minlength=num_seeds)
+    return {arm: (seed_times[arm] @ array * episode_times).sum(1) / array.size for arm, array in outcomes.items()}
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
     """Central 95% of bootstrap samples."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return float(low), float(high)
+
+
+def difference(outcomes: dict[str, np.ndarray], arm: str, other: str) -> dict[str, float]:
+    """Success of `arm` minus that of `other`, with its 95% interval over seeds and paired episodes."""
+    means = resampled_means({name: outcomes[name] for name in (arm, other)})
+    low, high = interval(means[arm] - means[other])
+    return {"value": float(outcomes[arm].mean() - outcomes[other].mean()), "low": low, "high": high}
 
 
 def gap_closure(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from safetensors.torch import load_file
@@ -273,7 +274,7 @@ def load_pretrained(policy: LapaPolicy, folder: Path, pretrained: dict, with_hea
     return True
 
 
-def save_policy(folder: Path, policy: LapaPolicy, preprocessor, postprocessor) -> None:
+def save_policy(folder: Path, policy: PreTrainedPolicy, preprocessor, postprocessor) -> None:
     """Write the policy folder; config.json last, so that a half-written one does not load."""
     temporary = folder / ".policy.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,10 @@
 """Stage `pretrain`: the trunk learns to predict what happens next, as latent actions or as true actions.
 
 target=latent reads the labels of `lapa label` (arXiv 2410.11758). target=action reads the data set's own
-actions: ActionVLA, the upper bound of what the videos could teach. With future_frame.weight the future frame is
-denoised too, in the same sequence (lapa/latent_vla/transfusion.py).
+actions: ActionVLA, the upper bound of what the videos could teach; with action_labels those of an inverse model that
+knows the demonstrations alone: VPT (arXiv 2206.11795). With future_frame.weight the future frame is
+denoised too, in the same sequence (lapa/latent_vla/transfusion.py). target=frame denoises the future frame alone: the
+planner of UniPi (lapa/latent_vla/planner.py).
 
 Writes config.json, model.safetensors, log.jsonl and metrics.json; of a model that denoises also
 images/future_frames.png.
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from lapa import distributed
 from lapa.backbones.upcycle import initial_state
 from lapa.checkpoint import save_model, write_json
-from lapa.data import FramePairs, FrameStore, action_chunks, to_float
+from lapa.data import FramePairs, FrameStore, action_chunks, frame_gap, to_float
 from lapa.latent_vla.heads import ChunkActionHead
 from lapa.latent_vla.model import (
     ActionModel,
@@ -29,6 +31,7 @@ from lapa.latent_vla.model import (
     VisionLanguageTrunk,
     build_trunk,
 )
+from lapa.latent_vla.planner import FramePlanner
 from lapa.latent_vla.transfusion import TransfusionModel
 from lapa.latent_vla.vision import random_shift
 from lapa.metrics import psnr_db
@@ -36,6 +39,7 @@ from lapa.mixture import Mixture, open_mixture
 from lapa.quantizer.base import quantizer_pairs
 from lapa.quantizer.evaluation import require_gate
 from lapa.quantizer.label import Labels, join_labels, load_labels
+from lapa.quantizer.label_actions import load_action_labels
 from lapa.runtime import Compute, setup
 from lapa.schema import FutureFrame, PretrainConfig
 from lapa.trainer import finish, fit
@@ -88,8 +92,10 @@ def run(cfg: PretrainConfig) -> dict:
         if cfg.mixture and store.actions is None:
             raise ValueError("target=action needs actions of one robot: not all of the mixture have them, or as many")
         objective = action_objective(cfg, store, trunk, in_training, compute.device)
+    elif cfg.target == "frame":
+        objective = frame_objective(cfg, store, trunk, compute.device)
     else:
-        raise ValueError(f"target is {cfg.target!r}, expected latent or action")
+        raise ValueError(f"target is {cfg.target!r}, expected latent, action or frame")
     if cfg.init_from is not None:
         start_from(cfg.init_from, cfg, objective.model)
     train_frames = np.flatnonzero(in_training & objective.is_usable)
@@ -296,8 +302,8 @@ def with_future_frame(objective: Objective, labels: Labels, store: FrameStore, d
     def imagine(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray, folder: Path) -> dict[str, float]:
         present_BCHW, future_BCHW = images_BCHW[:, :3], images_BCHW[:, 3:]
         shown = {
-            "present": (model.shrink(present_BCHW) + 1) / 2,
-            "future": (model.shrink(future_BCHW) + 1) / 2,
+            "present": (model.frame.shrink(present_BCHW) + 1) / 2,
+            "future": (model.frame.shrink(future_BCHW) + 1) / 2,
             "sampled after its latent action": model.imagine(present_BCHW, ids_BW, latent_NL[frames]),
             "sampled after the model's own": model.imagine(present_BCHW, ids_BW, model.generate(present_BCHW, ids_BW)),
         }
@@ -309,6 +315,44 @@ def with_future_frame(objective: Objective, labels: Labels, store: FrameStore, d
         }
 
     return replace(objective, loss=loss, evaluate=sums, imagine=imagine, future_N=future_N)
+
+
+def frame_objective(
+    cfg: PretrainConfig, store: FrameStore, trunk: VisionLanguageTrunk, device: torch.device
+) -> Objective:
+    """The frame a gap ahead, by diffusion alone."""
+    model = FramePlanner(trunk, cfg.future_frame)
+    gap = frame_gap(store, cfg.frame_gap_s, cfg.frame_gap_frames)
+    pairs = FramePairs(store, gap, np.arange(store.num_episodes))
+    is_usable, future_N = np.zeros(store.num_frames, bool), np.arange(store.num_frames)
+    is_usable[pairs.first_frames] = True
+    future_N[pairs.first_frames] += pairs.gaps
+
+    def sums(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
+        # The same noise whenever it is asked for, so that the curve shows the model alone.
+        loss, _ = model.loss(images_BCHW[:, :3], ids_BW, images_BCHW[:, 3:], torch.Generator().manual_seed(0))
+        return {"future_frame_loss": loss * len(frames)}
+
+    def imagine(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray, folder: Path) -> dict[str, float]:
+        present_BCHW, true_BCHW = ((model.frame.shrink(part) + 1) / 2 for part in images_BCHW.split(3, dim=1))
+        planned_BCHW = model.imagine(images_BCHW[:, :3], ids_BW)
+        rows = {"present": present_BCHW, "future": true_BCHW, "planned": planned_BCHW}
+        draw_frames({name: images[:NUM_PICTURED_FRAMES] for name, images in rows.items()}, folder)
+        return {
+            f"future_frame_{name}_psnr_db": psnr_db(float((images - true_BCHW).square().mean()))
+            for name, images in (("copy", present_BCHW), ("planned", planned_BCHW))
+        }
+
+    return Objective(
+        model=model,
+        is_usable=is_usable,
+        loss=lambda images, ids, frames: model.loss(images[:, :3], ids, images[:, 3:]),
+        evaluate=sums,
+        baseline={},
+        config={"frame_gap_frames": int(gap)},
+        future_N=future_N,
+        imagine=imagine,
+    )
 
 
 def draw_frames(rows: dict[str, Tensor], folder: Path) -> None:
@@ -384,16 +428,19 @@ def marginal_baseline(latent_NL: np.ndarray, codebook_size: int) -> dict[str, fl
 def action_objective(
     cfg: PretrainConfig, store: FrameStore, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
 ) -> Objective:
-    """Chunks of the data set's own actions, normalised by its mean and standard deviation."""
-    chunks, is_pad = action_chunks(store, cfg.chunk_size)
-    assert store.actions is not None
-    mean = store.actions[in_training].mean(0)
-    std = np.maximum(store.actions[in_training].std(0), 1e-6)
+    """Chunks of actions, normalised by mean and standard deviation: the data set's own, or an inverse model's."""
+    labels = load_action_labels(cfg.action_labels, store) if cfg.action_labels is not None else None
+    chunks, is_pad = action_chunks(store, cfg.chunk_size, labels)
+    is_usable = ~is_pad[:, 0]
+    known = chunks[in_training & is_usable, 0]
+    if not len(known):
+        raise ValueError("no frame to train on has an action: label this data set, or use a larger one")
+    mean, std = known.mean(0), np.maximum(known.std(0), 1e-6)
     actions_NTA = torch.from_numpy(((chunks - mean) / std).astype(np.float32)).to(device)
     is_pad_NT = torch.from_numpy(is_pad).to(device)
-    action_dim = store.actions.shape[1]
+    action_dim = chunks.shape[2]
     model = ActionModel(trunk, ChunkActionHead(trunk.width, cfg.chunk_size, action_dim))
-    spread = actions_NTA[torch.from_numpy(in_training).to(device), 0]
+    spread = actions_NTA[torch.from_numpy(in_training & is_usable).to(device), 0]
 
     def loss(images: Tensor, ids: Tensor, frames: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
         loss_B, numbers = model.loss(images, ids, actions_NTA[frames], is_pad_NT[frames])
@@ -411,7 +458,7 @@ def action_objective(
 
     return Objective(
         model=model,
-        is_usable=np.ones(store.num_frames, bool),
+        is_usable=is_usable,
         loss=loss,
         evaluate=sums,
         baseline={"marginal_first_action_mse": float(spread.var(0, correction=0).mean())},

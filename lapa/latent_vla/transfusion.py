@@ -57,6 +57,13 @@ class FrameDenoiser(nn.Module):
         """(3, H, W)."""
         return 3, self.patches.image_size, self.patches.image_size
 
+    def shrink(self, images_BCHW: Tensor) -> Tensor:
+        """Images in [0, 1] to the size that is denoised, in [-1, 1]."""
+        size = self.frame_shape[1:]
+        if images_BCHW.shape[-2:] != size:
+            images_BCHW = F.interpolate(images_BCHW, size, mode="bilinear", antialias=True)
+        return images_BCHW * 2 - 1
+
     def embed(self, noised_BCHW: Tensor, time_B: Tensor, condition_BCHW: Tensor | None = None) -> tuple[Tensor, Read]:
         """Patch tokens (B, P, D), and how to read the prediction from their hidden states."""
         given_BCHW = noised_BCHW if condition_BCHW is None else torch.cat([noised_BCHW, condition_BCHW], dim=1)
@@ -165,13 +172,6 @@ class TransfusionModel(LatentActionModel):
         self.last_code = nn.Parameter(torch.randn(codebook_size, trunk.width) * trunk.width**-0.5)
         self.no_code = nn.Parameter(torch.randn(trunk.width) * trunk.width**-0.5)
 
-    def shrink(self, images_BCHW: Tensor) -> Tensor:
-        """Images in [0, 1] to the size that is denoised, in [-1, 1]."""
-        size = self.frame.frame_shape[1:]
-        if images_BCHW.shape[-2:] != size:
-            images_BCHW = F.interpolate(images_BCHW, size, mode="bilinear", antialias=True)
-        return images_BCHW * 2 - 1
-
     def whole_latent(self, latent_BL: Tensor, is_dropped_B: Tensor) -> Tensor:
         """The readout token and all L latent action tokens (B, L + 1, D); dropped rows tell no latent action."""
         codes_BLD = self.latent_head.tokens(self.trunk.readout, latent_BL[:, :-1])
@@ -195,7 +195,7 @@ class TransfusionModel(LatentActionModel):
         """
         config, device = self.future_frame, images_BCHW.device
         batch, num_codes = latent_BL.shape
-        clean_BCHW = self.shrink(future_BCHW)
+        clean_BCHW = self.frame.shrink(future_BCHW)
         frame_first_B = torch.rand(batch, generator=generator) < config.frame_first_share
         is_dropped_B = torch.rand(batch, generator=generator) < config.condition_dropout
         is_dropped_B[0] = False  # some row has to teach the latent action
@@ -207,7 +207,7 @@ class TransfusionModel(LatentActionModel):
         prefix_BSD, prefix = self.trunk.prefix(images_BCHW, ids_BW.masked_fill(is_dropped_B[:, None], PADDING_ID))
         latent_BLD = self.whole_latent(latent_BL, is_dropped_B)
         noised_BCHW = self.frame.process.corrupt(clean_BCHW, noise_BCHW, time_B)
-        patches_BPD, read = self.frame.embed(noised_BCHW, time_B, self.shrink(images_BCHW))
+        patches_BPD, read = self.frame.embed(noised_BCHW, time_B, self.frame.shrink(images_BCHW))
         frame_BPD, frame_modality_ids_BP, frame_block_ids_BP = self.frame.enclose(patches_BPD, DENOISED_BLOCK)
         latent_modality_ids_BL = torch.full(latent_BLD.shape[:2], LATENT_ACTION, device=device)
         tail = Layout.of(
@@ -257,7 +257,7 @@ class TransfusionModel(LatentActionModel):
             start_BCHW.to(images_BCHW.device),
             config.num_sampling_steps,
             DENOISED_BLOCK,
-            condition_BCHW=self.shrink(images_BCHW),
+            condition_BCHW=self.frame.shrink(images_BCHW),
             guidance=config.guidance,
             unconditional=caches[-1],
             generator=generator,

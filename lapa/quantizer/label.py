@@ -1,31 +1,42 @@
 """`lapa label`: the trained quantizer writes a latent action for every frame of a data set.
 
+Controls write labels of other origins in the same form (`LabelConfig.source`): the quantizer's own given to other
+frames, or k-means clusters of picture differences or of true displacements, one code of as many as the quantizer has
+latent actions.
+
 The labels at frame t come from the pair (t, t + gap); frames whose partner lies beyond the end of their
 episode are marked invalid. A label folder holds
 
-    labels.json          the quantizer's config.json, sizes, store fingerprint, gate result, histogram
+    labels.json          source, the quantizer's config.json, sizes, store fingerprint, gate result, histogram
     labels.safetensors   latent_action (N, num_codes), int64 codes or float32 numbers of a continuous codebook (zero
                          where invalid), is_valid (N,) bool
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 from tqdm import tqdm
 
 from lapa.checkpoint import load_config, read_json, write_json, write_tensors
-from lapa.data import FrameStore, open_frames, to_float
+from lapa.clusters import kmeans
+from lapa.data import FramePairs, FrameStore, open_frames, to_float
 from lapa.metrics import code_usage
 from lapa.quantizer.base import load_quantizer, quantizer_pairs
+from lapa.quantizer.evaluate_quantizer import with_probe_data
 from lapa.quantizer.evaluation import quantizer_digest
 from lapa.quantizer.latent_actions import ACTIVE_VARIANCE
-from lapa.runtime import setup
+from lapa.runtime import Compute, setup
 from lapa.schema import LabelConfig
 
 LABELS_FILE = "labels.safetensors"
+NUM_CLUSTERED_PAIRS = 16_384  # that k-means finds its clusters on
+DIFFERENCE_PIXELS = 32
 
 
 @dataclass(frozen=True)
@@ -49,45 +60,38 @@ class Labels:
 
 def run(cfg: LabelConfig) -> dict:
     """Label every frame; returns how many, and how evenly the codes are used."""
+    if cfg.source not in SOURCES:
+        raise ValueError(f"source is {cfg.source!r}, expected one of {sorted(SOURCES)}")
     compute = setup(cfg.runtime)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     config = load_config(cfg.quantizer, "train_quantizer")
-    gate = read_gate(cfg.quantizer, cfg.evaluation)
-    model = load_quantizer(cfg.quantizer).to(compute.device)
     store = open_frames(cfg.data, config["image_size"], cfg.cache_dir)
     pairs = quantizer_pairs(store, config, np.arange(store.num_episodes))
+    # Clusters come from no quantizer that could have failed.
+    uses_codes = cfg.source in ("quantizer", "shuffled")
+    gate = read_gate(cfg.quantizer, cfg.evaluation) if uses_codes else {"passed": True, "reasons": []}
+    codes, size = SOURCES[cfg.source](cfg, pairs, compute)
 
-    codebook = model.codebook
-    latent_action = np.zeros((store.num_frames, codebook.num_codes), np.int64 if codebook.is_discrete else np.float32)
+    is_discrete, num_codes = codes.dtype == np.int64, codes.shape[1]
+    latent_action = np.zeros((store.num_frames, num_codes), codes.dtype)
+    latent_action[pairs.first_frames] = codes
     is_valid = np.zeros(store.num_frames, bool)
-    with torch.inference_mode(), tqdm(total=len(pairs), desc="label", unit="pair", mininterval=1.0) as progress:
-        for start in range(0, len(pairs), cfg.batch_size):
-            indices = np.arange(start, min(start + cfg.batch_size, len(pairs)))
-            # Consecutive pairs share frames: each is read and, by models that can, looked at once.
-            rows, places = np.unique(pairs.frame_numbers(indices), return_inverse=True)
-            frames, pairs_B2 = to_float(store.frames[rows], compute.device), torch.from_numpy(places.reshape(-1, 2))
-            with compute.autocast():
-                codes_BN, _ = model.encode_clip(frames, pairs_B2.to(compute.device))
-            latent_action[pairs.first_frames[indices]] = codes_BN.cpu().numpy()
-            progress.update(len(indices))
     is_valid[pairs.first_frames] = True
-
-    codes = latent_action[is_valid]
     write_tensors(
         output_dir / LABELS_FILE,
         {"latent_action": torch.from_numpy(latent_action), "is_valid": torch.from_numpy(is_valid)},
     )
-    size = codebook.codebook_size
-    histogram = [np.bincount(code, minlength=size).tolist() for code in codes.T] if codebook.is_discrete else None
+    histogram = [np.bincount(code, minlength=size).tolist() for code in codes.T] if is_discrete else None
     write_json(
         output_dir / "labels.json",
         {
+            "source": cfg.source,
             "quantizer": config,
             "gate": gate,
-            "is_discrete": codebook.is_discrete,
-            "num_codes": codebook.num_codes,
-            "code_length": config["codebook"]["code_length"],
+            "is_discrete": is_discrete,
+            "num_codes": num_codes,
+            "code_length": config["codebook"]["code_length"] if uses_codes else num_codes,
             "codebook_size": size,
             "frame_gap_frames": pairs.gap,
             "frame_gap_s": pairs.gap / store.fps,
@@ -98,10 +102,87 @@ def run(cfg: LabelConfig) -> dict:
         },
     )
     result = {"num_labels": int(is_valid.sum()), "share_valid": float(is_valid.mean())}
-    if not codebook.is_discrete:
+    if not is_discrete:
         return result | {"active_dimensions": int((codes.var(0) > ACTIVE_VARIANCE).sum())}
     usage = code_usage(codes, size)
     return result | {name: usage[name] for name in ("perplexity", "perplexity_ratio", "vocabulary_utilisation")}
+
+
+# Where labels come from: each gives codes (P, N) of the pairs, int64 or the float32 numbers of a continuous codebook,
+# and how many codes there are a column.
+
+
+def quantizer_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple[np.ndarray, int]:
+    """What the quantizer says of each pair."""
+    model = load_quantizer(cfg.quantizer).to(compute.device)
+    frames_N, parts = pairs.store.frames, []
+    with torch.inference_mode(), tqdm(total=len(pairs), desc="label", unit="pair", mininterval=1.0) as progress:
+        for start in range(0, len(pairs), cfg.batch_size):
+            indices = np.arange(start, min(start + cfg.batch_size, len(pairs)))
+            # Consecutive pairs share frames: each is read and, by models that can, looked at once.
+            rows, places = np.unique(pairs.frame_numbers(indices), return_inverse=True)
+            frames, pairs_B2 = to_float(frames_N[rows], compute.device), torch.from_numpy(places.reshape(-1, 2))
+            with compute.autocast():
+                codes_BN, _ = model.encode_clip(frames, pairs_B2.to(compute.device))
+            parts.append(codes_BN.cpu().numpy().astype(np.int64 if model.codebook.is_discrete else np.float32))
+            progress.update(len(indices))
+    return np.concatenate(parts), model.codebook.codebook_size
+
+
+def shuffled_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple[np.ndarray, int]:
+    """The quantizer's codes, as often as it gave them, at pairs drawn at random: they say nothing of the picture."""
+    codes, size = quantizer_codes(cfg, pairs, compute)
+    return codes[np.random.default_rng(cfg.seed).permutation(len(codes))], size
+
+
+def pixel_difference_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple[np.ndarray, int]:
+    """The cluster of the difference between the frames, each averaged to 32 pixels."""
+
+    def differences(indices: np.ndarray) -> Tensor:
+        frames_B2CHW = to_float(pairs.frames(indices))
+        change_BCHW = frames_B2CHW[:, 1] - frames_B2CHW[:, 0]
+        return F.adaptive_avg_pool2d(change_BCHW, min(DIFFERENCE_PIXELS, change_BCHW.shape[-1])).flatten(1)
+
+    return clusters(cfg, pairs, differences)
+
+
+def action_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple[np.ndarray, int]:
+    """The cluster of the displacement that was truly executed between the frames."""
+    if cfg.action_data is None:
+        raise ValueError("source=actions needs action_data=<the same episodes with actions>")
+    store = with_probe_data(pairs.store, cfg.action_data, cfg.cache_dir)
+    known = FramePairs(store, pairs.gap, np.arange(store.num_episodes))
+    return clusters(cfg, pairs, lambda indices: torch.from_numpy(known.displacements(indices)).float())
+
+
+def clusters(cfg: LabelConfig, pairs: FramePairs, describe: Callable[[np.ndarray], Tensor]) -> tuple[np.ndarray, int]:
+    """The nearest of as many k-means centres as the quantizer has latent actions, in one column (P, 1).
+
+    describe: pair indices (B,) to points (B, C).
+    """
+    codebook = load_config(cfg.quantizer, "train_quantizer")["codebook"]
+    num_levels = codebook.get("num_levels", 1)
+    size = codebook["codebook_size"] ** (codebook["code_length"] * num_levels)
+    if not size:
+        raise ValueError(f"source={cfg.source} takes as many codes as the quantizer has: {cfg.quantizer} has numbers")
+    size = min(size, len(pairs))
+    generator = np.random.default_rng(cfg.seed)
+    sample = np.sort(generator.permutation(len(pairs))[: max(NUM_CLUSTERED_PAIRS, size)])
+    codes_KC = kmeans(describe(sample), size, torch.Generator().manual_seed(cfg.seed))
+    starts = tqdm(range(0, len(pairs), cfg.batch_size), desc="label", unit="batch", mininterval=1.0)
+    parts = [
+        torch.cdist(describe(np.arange(start, min(start + cfg.batch_size, len(pairs)))), codes_KC).argmin(1)
+        for start in starts
+    ]
+    return torch.cat(parts)[:, None].numpy(), size
+
+
+SOURCES = {
+    "quantizer": quantizer_codes,
+    "shuffled": shuffled_codes,
+    "pixel_differences": pixel_difference_codes,
+    "actions": action_codes,
+}
 
 
 def join_labels(labels: list[Labels]) -> Labels:

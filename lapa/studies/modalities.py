@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapa.backbones.base import IMAGE, NUM_MODALITIES, ROBOT_ACTION, TEXT, Layout, build_backbone
+from lapa.clusters import kmeans
 from lapa.data import FrameStore, open_frames, split_episodes, to_float
 from lapa.runtime import Compute
 from lapa.schema import DenseBackbone, ModalitiesStudy, MoTBackbone
@@ -38,7 +39,6 @@ PADDING, TEXT_FIRST, TEXT_LAST, END, UNKNOWN = range(5)
 FIRST_WORD = 5
 PATCH_SAMPLE = 20_000  # patches that the codes are found on
 PATCH_DETAIL = 4  # pixels along a side that a patch is averaged to before it is compared with the codes
-KMEANS_ROUNDS = 12
 EVALUATION_BATCH = 64
 MODALITIES = {"text": TEXT, "image": IMAGE, "action": ROBOT_ACTION}
 
@@ -189,21 +189,6 @@ def patches(frames_NHWC: np.ndarray, patch_size: int) -> Tensor:
     """Patches (N, P, C) in rows, averaged to a few pixels, in [0, 1]."""
     small_NCHW = F.avg_pool2d(to_float(frames_NHWC), patch_size // PATCH_DETAIL)
     return F.unfold(small_NCHW, PATCH_DETAIL, stride=PATCH_DETAIL).transpose(1, 2)
-
-
-def kmeans(points_NC: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
-    """Codes (K, C) by Lloyd's algorithm; a code that nobody is nearest to moves to the worst explained point."""
-    if len(points_NC) < num_codes:
-        raise ValueError(f"study.num_image_codes is {num_codes}, more than the {len(points_NC)} patches in training")
-    codes_KC = points_NC[torch.randperm(len(points_NC), generator=generator)[:num_codes]].clone()
-    for _ in range(KMEANS_ROUNDS):
-        distance_N, nearest_N = torch.cdist(points_NC, codes_KC).min(1)
-        sums_KC = torch.zeros_like(codes_KC).index_add_(0, nearest_N, points_NC)
-        counts_K = nearest_N.bincount(minlength=num_codes)
-        codes_KC = sums_KC / counts_K.clamp(min=1)[:, None]
-        empty = (counts_K == 0).nonzero().flatten()
-        codes_KC[empty] = points_NC[distance_N.topk(len(empty)).indices]
-    return codes_KC
 
 
 class SequenceModel(nn.Module):

@@ -95,6 +95,22 @@ def test_action_pretraining_learns_and_saves_its_statistics(tmp_path, toy_store)
     assert saved["action_std"][0] == pytest.approx(0.91, abs=0.03) and saved["chunk_size"] == 3
 
 
+def test_pseudo_actions_take_the_place_of_true_ones(tmp_path, toy_store):
+    """The labels say the opposite of what was done, and cover half of the frames."""
+    store = read_store(toy_store)
+    is_known = np.arange(store.num_frames) % 6 < 3
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    opposite = {"action": torch.from_numpy(-store.actions), "is_known": torch.from_numpy(is_known)}
+    write_tensors(labels / "actions.safetensors", opposite)
+    write_json(labels / "actions.json", {"store_fingerprint": store.fingerprint, "num_frames": store.num_frames})
+    pretrain.run(config(tmp_path, toy_store, target="action", num_steps=150, action_labels=str(labels)))
+    saved = read_json(tmp_path / "pretrained" / "config.json")
+    assert saved["action_mean"][1] == pytest.approx(-0.5)
+    metrics = read_json(tmp_path / "pretrained" / "metrics.json")
+    assert metrics["first_action_cosine"] > 0.7 and metrics["num_train_frames"] == 16 * 3
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, toy_store, toy_labels, monkeypatch):
     whole = config(tmp_path / "whole", toy_store, toy_labels, num_steps=8)
     whole.training.checkpoint_every_steps = 4

@@ -134,7 +134,7 @@ def test_denoising_with_the_cache_equals_the_whole_sequence_anew(patches):
     model = new_model(patches=patches).eval()
     images, ids, latent, _ = batch()
     backbone, frame = model.trunk.backbone, model.frame
-    start, present = torch.randn(4, 3, 4, 4, generator=seeded()), model.shrink(images)
+    start, present = torch.randn(4, 3, 4, 4, generator=seeded()), model.frame.shrink(images)
     told = model.whole_latent(latent, torch.zeros(4, dtype=torch.bool))
     cache = Cache()
     model.trunk(images, ids, told, LATENT_ACTION, cache)

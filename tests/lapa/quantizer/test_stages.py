@@ -176,6 +176,47 @@ def test_labelling_twice_gives_the_same_file(labelled, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
+def relabel(labelled, folder, **changes):
+    label.run(replace(labelled[2], output_dir=str(folder), **changes))
+    return load_labels(folder, read_store(Path(labelled[2].data)))
+
+
+def test_shuffled_labels_are_as_frequent_and_belong_to_other_frames(labelled, moving_discs, tmp_path):
+    own = load_labels(labelled[0], read_store(moving_discs))
+    shuffled = relabel(labelled, tmp_path / "shuffled", source="shuffled")
+    assert (shuffled.is_valid == own.is_valid).all() and shuffled.codebook_size == own.codebook_size
+    rows = [sorted(map(tuple, labels.latent_action[labels.is_valid])) for labels in (own, shuffled)]
+    assert rows[0] == rows[1]
+    assert (shuffled.latent_action != own.latent_action).any(1)[own.is_valid].mean() > 0.5
+
+
+def test_clusters_have_the_quantizers_vocabulary_and_oracle_codes_tell_the_displacement(
+    labelled, moving_discs, tmp_path
+):
+    store = read_store(moving_discs)
+    pairs = FramePairs(store, 2, np.arange(store.num_episodes))
+    moved = pairs.displacements(np.arange(len(pairs)))
+
+    def share_told(labels):
+        codes = labels.latent_action[pairs.first_frames, 0]
+        within = sum(np.square(moved[codes == code] - moved[codes == code].mean(0)).sum() for code in np.unique(codes))
+        return 1 - within / np.square(moved - moved.mean(0)).sum()
+
+    oracle = relabel(labelled, tmp_path / "oracle", source="actions", action_data=str(moving_discs))
+    pixels = relabel(labelled, tmp_path / "pixels", source="pixel_differences")
+    for labels in (oracle, pixels):
+        assert (labels.num_codes, labels.codebook_size) == (1, 4**2) and labels.gate["passed"]
+        assert labels.latent_action.max() < 16 and len(np.unique(labels.latent_action[labels.is_valid])) > 8
+    assert share_told(oracle) > 0.8 > share_told(pixels)
+
+
+def test_a_source_that_is_unknown_or_lacks_its_actions_is_refused(labelled, tmp_path):
+    with pytest.raises(ValueError, match=r"source is 'noise', expected one of \['actions'"):
+        relabel(labelled, tmp_path, source="noise")
+    with pytest.raises(ValueError, match="needs action_data="):
+        relabel(labelled, tmp_path, source="actions")
+
+
 def test_labels_of_other_data_are_refused(labelled, other_discs, tmp_path):
     with pytest.raises(ValueError, match="run `lapa label` on these data"):
         load_labels(labelled[0], read_store(other_discs))

@@ -1,0 +1,1 @@
+"""UniPi, the baseline that plans in pixels, as a LeRobot policy."""
