@@ -107,12 +107,10 @@ def run(config: RunConfig) -> dict:
 def shared_jobs(config: RunConfig) -> list[Job]:
     """What all arms and seeds build on, and no more than the arms need."""
     arms = [ARMS[arm] for arm in config.arms]
-    jobs: list[Job] = [
-        ("ingest", config.ingest),
-        ("demos", config.videos),
-        ("demos", config.demos),
-        ("train_quantizer", config.train_quantizer),
-    ]
+    jobs: list[Job] = [("ingest", config.ingest)]
+    if config.videos.num_episodes:
+        jobs.append(("demos", config.videos))
+    jobs += [("demos", config.demos), ("train_quantizer", config.train_quantizer)]
     for source in sorted({arm.labels or "" for arm in arms if arm.target == "latent"}):
         actions = config.pretrain.action_data if source == "actions" else config.label.action_data
         folder = labels_of(config.label.output_dir, source)
@@ -228,7 +226,7 @@ def run_in_parallel(chains: dict[str, list[Job]], num_processes: int, folder: Pa
     # spawn: a forked process would share this one's graphics context and threads.
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(num_processes, context, end_with_parent, max_tasks_per_child=1) as pool,
+        ProcessPoolExecutor(min(num_processes, max(1, len(chains))), context, end_with_parent) as pool,
         tqdm(total=len(chains), desc="arms and seeds", unit="chain") as bar,
     ):
         jobs = {pool.submit(run_chain, chain, folder / f"{name}.log"): name for name, chain in chains.items()}

@@ -1148,7 +1148,8 @@ class RunConfig:
     evaluate_splits: list[str] = field(default_factory=list)  # evaluate each of these; empty: evaluate.split alone
     parallel_jobs: int = 1  # arms and seeds at work at once, each in a process with its share of the cores
     ingest: IngestConfig = field(default_factory=IngestConfig)
-    videos: DemosConfig = field(default_factory=DemosConfig)  # the many episodes seen as video
+    # The many episodes seen as video; num_episodes=0: none, the videos are those of `ingest`.
+    videos: DemosConfig = field(default_factory=DemosConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)  # the few robot demonstrations
     train_quantizer: TrainQuantizerConfig = field(default_factory=TrainQuantizerConfig)
     label: LabelConfig = field(default_factory=LabelConfig)

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -7,7 +8,7 @@ from omegaconf import OmegaConf
 
 from lapa import pipeline
 from lapa.application import register_schema
-from lapa.schema import RunConfig
+from lapa.schema import PretrainConfig, RunConfig
 
 TINY = [
     "videos.num_episodes=24",
@@ -36,9 +37,16 @@ def compose_run(*overrides: str) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("experiment", ["quickstart", "tabletop", "families", "gripper", "droid"])
+PAPER = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/experiment/paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "experiment", ["quickstart", "tabletop", "families", "gripper", "droid", *(f"paper/{name}" for name in PAPER)]
+)
 def test_experiments_compose_and_put_every_folder_into_the_run_directory(experiment):
-    config = compose_run(f"experiment={experiment}", "run_dir=somewhere", "ingest.path=clips")
+    # A sweep has a run directory a point, and shares what the points have in common beside them.
+    place = "report.run_dir" if "scaling" in experiment else "run_dir"
+    config = compose_run(f"experiment={experiment}", f"{place}=somewhere", "ingest.path=clips")
     for stage in (config.videos, config.demos, config.train_quantizer, config.label, config.pretrain, config.finetune):
         assert stage.output_dir.startswith("somewhere/")
 
@@ -59,6 +67,62 @@ def test_arms_differ_in_their_pretraining_alone(monkeypatch):
     assert targets["r/pretrain/lapa-seed1"] == ("latent", "r/videos/video")
     assert targets["r/pretrain/action_vla-seed1"] == ("action", "r/videos/demos")
     assert not any("scratch" in folder for folder in targets)
+
+
+def jobs_of(*overrides):
+    config = compose_run("experiment=paper/in_domain", "run_dir=r", "seeds=[1]", *overrides)
+    return pipeline.shared_jobs(config), pipeline.chains_of(config)
+
+
+def test_every_arm_has_its_labels_and_no_other():
+    shared, chains = jobs_of()
+    assert set(chains) == {f"{arm}-seed1" for arm in pipeline.ARMS}
+    pretrained = {name: dict(jobs)["pretrain"] for name, jobs in chains.items() if "pretrain" in dict(jobs)}
+    seen = {
+        name.removesuffix("-seed1"): (options.target, options.labels, options.action_labels, options.data)
+        for name, options in pretrained.items()
+    }
+    video, actions = "r/videos/video", "r/videos/demos"
+    assert seen == {
+        "lapa": ("latent", "r/labels", None, video),
+        "shuffled": ("latent", "r/labels-shuffled", None, video),
+        "pixel_kmeans": ("latent", "r/labels-pixel_differences", None, video),
+        "oracle": ("latent", "r/labels-actions", None, video),
+        "vpt": ("action", None, "r/pseudo_actions", video),
+        "unipi": ("frame", None, None, video),
+        "action_vla": ("action", None, None, actions),
+    }
+    made = {options.output_dir: options for _, options in shared}
+    assert {options.labels for options in pretrained.values() if options.labels} <= set(made)
+    assert made["r/labels-actions"].action_data == actions and made["r/labels"].action_data is None
+    assert made["r/inverse"].data == "r/demos/demos", "the inverse model learns from the demonstrations alone"
+
+
+def test_arms_that_are_not_run_need_no_labels():
+    shared, _ = jobs_of("arms=[scratch,lapa]")
+    assert [verb for verb, _ in shared] == ["demos", "demos", "train_quantizer", "label"]
+
+
+def test_baselines_have_the_same_demonstrations_and_steps():
+    _, chains = jobs_of("finetune.training.num_steps=70", "pretrain.training.num_steps=30")
+    finetunes = {name: options for name, jobs in chains.items() for verb, options in jobs if "finetune" in verb}
+    assert {options.data for options in finetunes.values()} == {"r/demos/demos"}
+    steps = {name.removesuffix("-seed1"): options.training.num_steps for name, options in finetunes.items()}
+    assert steps.pop("scratch_long") == 70 + 30
+    assert set(steps.values()) == {70}
+    unipi, lapa = finetunes["unipi-seed1"], finetunes["lapa-seed1"]
+    assert unipi.training == lapa.training and unipi.num_action_steps == lapa.num_action_steps
+
+
+def test_every_split_is_evaluated_from_the_same_states_by_every_arm():
+    _, chains = jobs_of()
+    for name, jobs in chains.items():
+        evaluations = [options for verb, options in jobs if verb == "evaluate"]
+        assert [options.output_dir for options in evaluations] == [
+            f"r/evaluate/{s}/{name}" for s in ("train", "unseen")
+        ]
+        assert [options.split for options in evaluations] == ["train", "unseen"]
+        assert {options.seed for options in evaluations} == {3_000_000}
 
 
 def test_unknown_arms_and_stages_are_named():
@@ -82,3 +146,42 @@ def test_video_becomes_a_policy_and_a_report_and_a_second_call_does_nothing_agai
     capsys.readouterr()
     pipeline.run(config)
     assert capsys.readouterr().out.count("is complete") == 12
+
+
+def test_the_proof_in_miniature_writes_every_table_and_resumes(tmp_path, capsys):
+    """All arms end to end, two at a time; a killed stage and a second call change nothing that is complete."""
+    options = [
+        "experiment=paper/in_domain",
+        "size=smoke",
+        "seeds=[0]",
+        "evaluate.num_episodes=1",
+        f"run_dir={tmp_path}",
+    ]
+    config = compose_run(*options, "parallel_jobs=2", "runtime.num_threads=1")
+    pipeline.run(config)
+    rows = json.loads((tmp_path / "tables" / "success.json").read_text())
+    assert {(row["split"], row["arm"]) for row in rows} == {
+        (split, arm) for split in ("train", "unseen") for arm in pipeline.ARMS
+    }
+    for name in ("success.csv", "success.md", "success.png", "comparisons.csv", "comparisons.json", "comparisons.md"):
+        assert (tmp_path / "tables" / name).stat().st_size > 100
+    inverse = json.loads((tmp_path / "inverse" / "metrics.json").read_text())
+    assert {"test_r2", "test_l1", "test_cosine", "test_mean_action_l1"} <= set(inverse)
+    assert (tmp_path / "pretrain" / "unipi-seed0" / "images" / "future_frames.png").is_file()
+    assert json.loads((tmp_path / "finetune" / "unipi-seed0" / "config.json").read_text())["type"] == "unipi"
+    assert json.loads((tmp_path / "run.json").read_text())["seeds"] == [0]
+
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".log"}
+    capsys.readouterr()
+    pipeline.run(replace(config, parallel_jobs=1))
+    assert "wrote" not in capsys.readouterr().out.replace("report: wrote", "")
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_chain_that_fails_is_named_and_stops_no_other(tmp_path):
+    missing = PretrainConfig(output_dir=str(tmp_path / "bad"), data=str(tmp_path / "absent"))
+    chains = {"bad-seed0": [("pretrain", missing)], "good-seed0": []}
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 chains failed.*bad-seed0: ValueError: no folder"):
+        pipeline.run_in_parallel(chains, 2, tmp_path / "logs")
+    assert "no folder" in (tmp_path / "logs" / "bad-seed0.log").read_text()
+    assert (tmp_path / "logs" / "good-seed0.log").is_file()

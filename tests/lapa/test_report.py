@@ -1,4 +1,5 @@
 import base64
+import csv
 import json
 import re
 
@@ -34,6 +35,35 @@ def test_page_is_self_contained_and_shows_the_rates_it_read(tmp_path):
     assert f"{100 * results['success_lapa']:.0f}%" in page
     assert page.count("<video") == 9
     assert 0.4 < results["gap_closure"] < 1.0
+
+
+def test_tables_say_in_every_form_what_the_page_shows(tmp_path):
+    write_run(tmp_path, {"scratch": 0.1, "vpt": 0.4, "lapa": 0.6, "action_vla": 0.8})
+    results = run(ReportConfig(run_dir=str(tmp_path)))
+    folder = tmp_path / "tables"
+    assert (folder / "success.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((folder / "success.json").read_text())
+    assert {row["arm"]: row["success"] for row in rows}["lapa"] == pytest.approx(results["success_lapa"], abs=1e-4)
+    with (folder / "success.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["success"]) for row in read] == [row["success"] for row in rows]
+    comparisons = (folder / "comparisons.md").read_text()
+    assert "LAPA − VPT" in comparisons and "gap closure: (VPT − Scratch) / (ActionVLA − Scratch)" in comparisons
+    before = {path: path.read_bytes() for path in [*folder.iterdir(), tmp_path / "report.html"]}
+    run(ReportConfig(run_dir=str(tmp_path)))
+    assert before == {path: path.read_bytes() for path in before}, "the same run gives the same files"
+
+
+def test_a_sweep_becomes_a_curve(tmp_path):
+    for point, rate in {"100": 0.2, "400": 0.5, "1600": 0.7}.items():
+        write_run(tmp_path / "points" / point, {"scratch": 0.1, "lapa": rate})
+    run(ReportConfig(run_dir=str(tmp_path), curve="videos"))
+    rows = json.loads((tmp_path / "tables" / "curve.json").read_text())
+    lapa = [(row["point"], row["success"]) for row in rows if row["arm"] == "lapa"]
+    assert [point for point, _ in lapa] == [100, 400, 1600]
+    assert lapa[0][1] < lapa[1][1] < lapa[2][1]
+    assert (tmp_path / "tables" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "Success by videos" in (tmp_path / "report.html").read_text()
 
 
 def test_only_episodes_that_every_arm_has_are_compared(tmp_path):

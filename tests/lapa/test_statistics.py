@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lapa.statistics import gap_closure, interval, resampled_means, wilson_interval
+from lapa.statistics import difference, gap_closure, interval, resampled_means, wilson_interval
 
 
 def test_wilson_interval_against_published_values():
@@ -41,3 +41,21 @@ def test_gap_closure_is_left_out_inside_the_noise():
 def test_unpaired_episodes_are_refused():
     with pytest.raises(ValueError, match="same episodes"):
         resampled_means({"a": np.ones((1, 5)), "b": np.ones((1, 6))})
+
+
+def test_difference_holds_zero_only_where_arms_are_alike():
+    low, high = np.tile(np.arange(100) < 20, (3, 1)), np.tile(np.arange(100) < 80, (3, 1))
+    found = difference({"lapa": high, "vpt": low}, "lapa", "vpt")
+    assert found["value"] == pytest.approx(0.6) and 0.4 < found["low"] < 0.6 < found["high"] < 0.8
+    alike = difference({"lapa": high, "vpt": high[:2]}, "lapa", "vpt")
+    assert alike["value"] == 0.0 and alike["low"] <= 0 <= alike["high"]
+
+
+def test_paired_episodes_make_a_difference_surer_than_its_rates():
+    """Two arms that fail in the same episodes, one of them in five more: the episodes drawn cancel out."""
+    one = np.tile(np.arange(100) < 50, (3, 1))
+    other = np.tile(np.arange(100) < 55, (3, 1))
+    paired = difference({"a": other, "b": one}, "a", "b")
+    assert paired["low"] > 0
+    rate = np.diff(interval(resampled_means({"a": one})["a"]))[0]
+    assert paired["high"] - paired["low"] < 0.6 * rate
