@@ -6,6 +6,7 @@ evaluates several splits.
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,10 @@ def read_outcomes(folder: Path) -> tuple[Outcomes, list[str]]:
     return outcomes, missing
 
 
-def in_order(arms) -> list[str]:
+def in_order(arms: Iterable[str]) -> list[str]:
     """Known arms first, as `ARM_NAMES` has them."""
-    return [arm for arm in ARM_NAMES if arm in arms] + sorted(set(arms) - set(ARM_NAMES))
+    found = set(arms)
+    return [arm for arm in ARM_NAMES if arm in found] + sorted(found - set(ARM_NAMES))
 
 
 def pool_families(outcomes: Outcomes) -> Outcomes:

@@ -88,13 +88,16 @@ def success_section(outcomes: Outcomes, missing: list[str], folder: Path) -> str
     picture = success_bars(with_pooled(outcomes))
     success.write(folder, "success", picture)
     comparisons.write(folder, "comparisons")
+    compared = ""
+    if comparisons.rows:
+        compared = f"<h3>Differences and gap closures</h3>{table(comparisons.header, comparisons.text)}"
     notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
     return (
         "<h2>Success in MuJoCo</h2><p>All arms share the architecture, the demonstrations, the finetuning, the "
         "decoding and the initial states; they differ in what they were pretrained on.</p>"
         + image(picture, "success with 95% Wilson intervals")
         + table(success.header, success.text)
-        + f"<h3>Differences and gap closures</h3>{table(comparisons.header, comparisons.text)}"
+        + compared
         + f"<ul>{notes}</ul>"
     )
 

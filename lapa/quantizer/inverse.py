@@ -36,7 +36,9 @@ class InverseDynamicsModel(nn.Module):
 
     def forward(self, frames_B2CHW: Tensor) -> Tensor:
         """Normalised actions (B, G, A), from frame pairs in [0, 1]."""
-        return self.inverse_model(frames_B2CHW).float()
+        # Float32: bfloat16 would round positions to a tenth of a pixel.
+        with torch.autocast(frames_B2CHW.device.type, enabled=False):
+            return self.inverse_model(frames_B2CHW)
 
     def actions(self, frames_B2CHW: Tensor) -> Tensor:
         """Actions (B, G, A) in the data's units."""
