@@ -116,8 +116,9 @@ def comparison_rows(outcomes: Outcomes) -> list[dict]:
     for group, by_arm in with_pooled(outcomes).items():
         pairs = [(arm, "scratch") for arm in by_arm if arm != "scratch" and "scratch" in by_arm]
         pairs += [("lapa", arm) for arm in by_arm if arm not in ("lapa", "scratch") and "lapa" in by_arm]
+        means = resampled_means(by_arm)
         for arm, other in pairs:
-            rows.append(comparison(group, "difference", arm, other, difference(by_arm, arm, other)))
+            rows.append(comparison(group, "difference", arm, other, difference(by_arm, arm, other, means)))
         if {"scratch", "action_vla"} <= set(by_arm):
             for arm in by_arm:
                 if arm not in ("scratch", "action_vla"):

@@ -45,9 +45,14 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def difference(outcomes: dict[str, np.ndarray], arm: str, other: str) -> dict[str, float]:
-    """Success of `arm` minus that of `other`, with its 95% interval over seeds and paired episodes."""
-    means = resampled_means({name: outcomes[name] for name in (arm, other)})
+def difference(
+    outcomes: dict[str, np.ndarray], arm: str, other: str, means: dict[str, np.ndarray] | None = None
+) -> dict[str, float]:
+    """Success of `arm` minus that of `other`, with its 95% interval over seeds and paired episodes.
+
+    means: of `resampled_means`, where several differences of the same outcomes are wanted.
+    """
+    means = means or resampled_means({name: outcomes[name] for name in (arm, other)})
     low, high = interval(means[arm] - means[other])
     return {"value": float(outcomes[arm].mean() - outcomes[other].mean()), "low": low, "high": high}
 
