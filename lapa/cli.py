@@ -21,6 +21,7 @@ class Stage:
 
 STAGES = {
     "ingest": Stage("video from any source -> curated clips in a frame store", "video_data.ingest", "IngestConfig"),
+    "convert": Stage("LeRobotDataset v2.1 -> v3.0, every episode checked", "video_data.convert", "ConvertConfig"),
     "demos": Stage(
         "scripted experts in simulation -> LeRobotDataset, with and without actions", "envs.demos", "DemosConfig"
     ),

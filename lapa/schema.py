@@ -132,6 +132,22 @@ class IngestConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """`lapa convert`: a LeRobotDataset v2.1 becomes v3.0, in <output_dir>/lerobot; the source is only read.
+
+    Every episode is looked at whole first: one whose rows, timestamps or video are broken is left out, and counted.
+    Videos are joined without encoding them anew; statistics are computed anew, from every row and frame.
+    """
+
+    data: str = MISSING  # folder of a LeRobotDataset v2.1, or v2.0
+    output_dir: str = MISSING
+    episodes: list[int] = field(default_factory=list)  # only these of the source, numbered anew; empty: all
+    data_file_size_mb: int = 100  # of parquet and video files: a new one begins where an episode would make it larger
+    video_file_size_mb: int = 200
+    num_workers: int = 2
+
+
+@dataclass
 class RealignerModel:
     """A small captioner that reads a noisy title (after Altogether, arXiv 2410.17251)."""
 
