@@ -57,6 +57,12 @@ STAGES = {
         "ImportLapaConfig",
     ),
     "finetune": Stage("a few demonstrations -> LeRobot policy", "policies.finetune", "FinetuneConfig"),
+    "preflight": Stage(
+        "data set and policy -> what would go wrong on the robot, before it moves",
+        "policies.preflight.preflight",
+        "PreflightConfig",
+        repeats=True,
+    ),
     "hindsight": Stage(
         "a few labelled and many unlabelled trajectories -> labelled data sets, one an arm",
         "policies.hindsight",

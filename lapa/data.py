@@ -12,6 +12,7 @@ A frame store is a folder:
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,9 @@ def open_frames(path: str | Path, image_size: int, cache_dir: str | None = None)
             f"{path} is neither a LeRobotDataset (no meta/info.json) nor a frame store (no store.json): "
             "for a folder of video files run `lapa ingest` first"
         )
+    version = str(read_json(path / "meta" / "info.json").get("codebase_version"))
+    if version.startswith("v2"):
+        raise ValueError(f"{path} is of LeRobot version {version}: run `lapa convert data={path} output_dir=...` first")
     cache_root = Path(cache_dir or os.environ.get("LAPA_CACHE") or "~/.cache/lapa").expanduser()
     folder = cache_root / f"{path.resolve().name}-{_dataset_key(path)}-{image_size}px"
     cache_root.mkdir(parents=True, exist_ok=True)
@@ -221,10 +225,14 @@ def _episode_frames(dataset, camera: str, episode: int, rows: np.ndarray, image_
 
 
 def _decode_span(video: Path, start_s: float, num_frames: int, fps: float, image_size: int) -> list[np.ndarray]:
-    """The frames whose timestamps begin at `start_s`, from the last keyframe before it."""
+    return [_resize(frame, image_size) for frame in decode_span(video, start_s, num_frames, fps)]
+
+
+def decode_span(video: Path, start_s: float, num_frames: int, fps: float) -> Iterator[np.ndarray]:
+    """Up to num_frames frames (H, W, 3) uint8 whose timestamps begin at `start_s`, from the last keyframe before it."""
     import av
 
-    frames: list[np.ndarray] = []
+    num_left = num_frames
     with av.open(str(video), metadata_errors="ignore") as container:
         stream = container.streams.video[0]
         stream.thread_type = "SLICE"
@@ -233,10 +241,10 @@ def _decode_span(video: Path, start_s: float, num_frames: int, fps: float, image
         for frame in container.decode(stream):
             if frame.time is None or frame.time < start_s - 0.5 / fps:
                 continue
-            frames.append(_resize(frame.to_ndarray(format="rgb24"), image_size))
-            if len(frames) == num_frames:
-                break
-    return frames
+            yield frame.to_ndarray(format="rgb24")
+            num_left -= 1
+            if not num_left:
+                return
 
 
 def _resize(frame: np.ndarray, image_size: int) -> np.ndarray:

@@ -529,6 +529,9 @@ class LabelConfig:
     data: str = MISSING
     output_dir: str = MISSING
     evaluation: str | None = None  # folder of `lapa evaluate_quantizer` with the gate; default: the quantizer's own
+    export: str = (
+        "none"  # none | lerobot: also write the data set, with the labels as features, to <output_dir>/lerobot
+    )
     batch_size: int = 256
     cache_dir: str | None = None
     runtime: Runtime = field(default_factory=Runtime)
@@ -796,6 +799,40 @@ class FinetuneConfig:
     pretrained_learning_rate_ratio: float = 0.05  # pretrained weights learn slower; a few demos would wreck them
     cache_dir: str | None = None
     training: Training = field(default_factory=lambda: Training(num_steps=150, learning_rate=2e-3, warmup_steps=20))
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class PreflightConfig:
+    """`lapa preflight`: before a robot moves, checks of a data set and a policy for what a low loss hides.
+
+    Each check says pass, warn, fail or skip and what to do; a failed one makes the command fail. Writes preflight.json
+    and a picture of predicted against recorded actions for every episode of the open-loop check.
+    """
+
+    output_dir: str = MISSING
+    data: str = MISSING  # a LeRobotDataset v3.0 of the robot
+    policy: str | None = None  # any LeRobot policy folder; null: only the data are looked at
+    checks: list[str] = field(
+        default_factory=lambda: ["features", "units", "timing", "images", "open_loop", "overfit", "replay"]
+    )
+    rename_map: dict[str, str] = field(default_factory=dict)  # the data set's name of a feature: the policy's
+    # Of the open-loop check; should be unknown to the policy. Empty: those behind the ones that `lapa finetune` says
+    # it was trained on, else the last tenth.
+    episodes: list[int] = field(default_factory=list)
+    frame_stride: int = 1  # the open-loop check predicts from every n-th frame
+    batch_size: int = 32  # frames predicted at once
+    overfit_episode: int = 0  # a fresh policy of the same class must learn it by heart
+    overfit_ratio: float = 0.5  # of the better baseline's error, that it must get below
+    training: Training = field(  # of overfit
+        default_factory=lambda: Training(num_steps=400, learning_rate=2e-3, batch_size=32, tensorboard=False)
+    )
+    # Replay: a Gymnasium id, and the seed of the first episode; null: told by the folder of `lapa demos`.
+    replay_env: str | None = None
+    replay_options: dict[str, Any] = field(default_factory=dict)  # of the environment
+    replay_seed: int = 0
+    num_replays: int = 3
+    replay_tolerance: float = 0.001  # in units of the state, between recorded and simulated states
     runtime: Runtime = field(default_factory=Runtime)
 
 

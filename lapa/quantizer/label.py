@@ -6,6 +6,7 @@ episode are marked invalid. A label folder holds
     labels.json          the quantizer's config.json, sizes, store fingerprint, gate result, histogram
     labels.safetensors   latent_action (N, num_codes), int64 codes or float32 numbers of a continuous codebook (zero
                          where invalid), is_valid (N,) bool
+    lerobot/             with export=lerobot, the data set with the labels as features
 """
 
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from lapa.data import FrameStore, open_frames, to_float
 from lapa.metrics import code_usage
 from lapa.quantizer.base import load_quantizer, quantizer_pairs
 from lapa.quantizer.evaluation import quantizer_digest
+from lapa.quantizer.label_export import export_labels
 from lapa.quantizer.latent_actions import ACTIVE_VARIANCE
 from lapa.runtime import setup
 from lapa.schema import LabelConfig
@@ -49,6 +51,8 @@ class Labels:
 
 def run(cfg: LabelConfig) -> dict:
     """Label every frame; returns how many, and how evenly the codes are used."""
+    if cfg.export not in ("none", "lerobot"):
+        raise ValueError(f"export is {cfg.export!r}, expected none or lerobot")
     compute = setup(cfg.runtime)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -97,6 +101,8 @@ def run(cfg: LabelConfig) -> dict:
             "histogram": histogram,
         },
     )
+    if cfg.export == "lerobot":
+        export_labels(Path(cfg.data).expanduser(), output_dir / "lerobot", store, latent_action, is_valid)
     result = {"num_labels": int(is_valid.sum()), "share_valid": float(is_valid.mean())}
     if not codebook.is_discrete:
         return result | {"active_dimensions": int((codes.var(0) > ACTIVE_VARIANCE).sum())}

@@ -79,7 +79,13 @@ class LapaConfig(PreTrainedConfig):
             )
 
     def get_optimizer_preset(self) -> AdamWConfig:
-        return AdamWConfig(lr=self.optimizer_lr, weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0)
+        training = DEFAULTS.training
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            betas=(training.beta1, training.beta2),
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=training.grad_clip,
+        )
 
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
         return CosineDecayWithWarmupSchedulerConfig(
