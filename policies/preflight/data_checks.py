@@ -12,10 +12,10 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.processor import NormalizerProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from lapa.data import STILL, action_nearness
 from policies.preflight.recording import Finding, Recording
 from policies.serving.served_policy import ServedPolicy
 
-STILL = 1e-6  # a dimension whose standard deviation is below is constant
 DEGREES = 180 / np.pi
 FACTORS = {
     "degrees for radians": DEGREES,
@@ -143,16 +143,8 @@ def _kind_of_action(recording: Recording) -> list[Finding]:
     moving = _moving(actions) & _moving(states)
     if not moving.any():
         return [Finding("units", "fail", "neither action nor state ever changes: the robot did not move")]
-    is_last = np.zeros(len(actions), bool)
-    is_last[recording.starts[1:] - 1] = True
-    rows = np.flatnonzero(~is_last)
-    scale = states[:, moving].std(0)
-    changes = states[rows + 1][:, moving] - states[rows][:, moving]
-    near_state = float(np.median(np.abs(actions[:, moving] - states[:, moving]).mean(0) / scale))
-    near_change = float(
-        np.median(np.abs(actions[rows][:, moving] - changes).mean(0) / np.maximum(actions[:, moving].std(0), STILL))
-    )
-    ratio = float(np.median(actions[:, moving].std(0) / scale))
+    near_state, near_change = action_nearness(actions, states, recording.starts)
+    ratio = float(np.median(actions[:, moving].std(0) / states[:, moving].std(0)))
     numbers = {"near_state": near_state, "near_state_change": near_change, "action_std_to_state_std": ratio}
     unit = _factor(ratio)
     if unit in ANGLES and near_state > 1 / DEGREES and near_change > 0.7:

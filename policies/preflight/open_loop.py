@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from lapa.data import STILL
 from lapa.report import png
 from lapa.statistics import interval
 from policies.preflight.recording import Recording
 
 NUM_RESAMPLES = 2000
-STILL = 1e-6
 Predict = Callable[[dict[str, Any]], np.ndarray]  # a batch of observations -> chunks (B, T, A) in the robot's units
 
 

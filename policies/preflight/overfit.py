@@ -10,6 +10,7 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from lapa.data import STILL
 from lapa.runtime import Compute
 from lapa.trainer import finish, fit
 from policies.lapa.configuration_lapa import LapaConfig
@@ -36,7 +37,7 @@ def statistics(recording: Recording, episode: int) -> dict[str, dict[str, Any]]:
         if values is not None:
             rows = values[recording.rows(episode)]
             quantiles = {f"q{round(100 * q):02d}": np.quantile(rows, q, axis=0) for q in (0.01, 0.1, 0.5, 0.9, 0.99)}
-            std = np.where(rows.std(0) > open_loop.STILL, rows.std(0), 1.0)
+            std = np.where(rows.std(0) > STILL, rows.std(0), 1.0)
             numbers = {"mean": rows.mean(0), "std": std, "min": rows.min(0), "max": rows.max(0), **quantiles}
             stats[name] = {key: torch.from_numpy(np.float32(value)) for key, value in numbers.items()}
     return stats
@@ -88,7 +89,7 @@ def check_overfit(recording: Recording, cfg, compute: Compute, output_dir: Path)
     scale = open_loop.Scale(recorded.mean(0), recorded.std(0))
     measured = open_loop.summary(open_loop.compare(recording, {episode: found}, scale))
     better = min(measured[rule]["error"] for rule in ("mean_action", "hold_last_action"))
-    ratio = measured["policy"]["error"] / max(better, open_loop.STILL)
+    ratio = measured["policy"]["error"] / max(better, STILL)
     measured |= {"loss": numbers["loss"], "ratio_to_better_baseline": ratio}
     what = (
         f"after {cfg.training.num_steps} steps on episode {episode} alone, a fresh {config.type} policy has an "
