@@ -7,6 +7,7 @@ robot, and not a data set that is merely a little different.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import av
 import numpy as np
 from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.processor import NormalizerProcessorStep
@@ -324,16 +325,20 @@ def check_images(recording: Recording, num_episodes: int = 3) -> list[Finding]:
 
 
 def _image_faults(recording: Recording, camera: str, episode: int) -> Iterator[Finding]:
+    where = f"{camera} in episode {episode}"
     levels, repeats = [], []
     before = None
-    for frame in recording.frames(episode, camera):
-        small = frame[::8, ::8].astype(np.int16)
-        levels.append(small.mean())
-        if before is not None:
-            repeats.append(bool((small == before).all()))
-        before = small
+    try:
+        for frame in recording.frames(episode, camera):
+            small = frame[::8, ::8].astype(np.int16)
+            levels.append(small.mean())
+            if before is not None:
+                repeats.append(bool((small == before).all()))
+            before = small
+    except (av.error.FFmpegError, OSError) as error:
+        yield Finding("images", "fail", f"{where} cannot be decoded behind frame {len(levels)}: {error}")
+        return
     expected = int(recording.starts[episode + 1] - recording.starts[episode])
-    where = f"{camera} in episode {episode}"
     if len(levels) != expected:
         yield Finding("images", "fail", f"{where} has {len(levels)} frames that can be decoded, of {expected}")
         return

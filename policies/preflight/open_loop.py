@@ -77,7 +77,11 @@ def observations(recording: Recording, reading: Reading, episode: int) -> Iterat
     waiting: dict[str, list] = {name: [] for name in cameras}
     numbers: list[int] = []
     for number in range(int(behind - first)):
-        frames = {name: next(source) for name, source in cameras.items()}
+        frames = {name: next(source, None) for name, source in cameras.items()}
+        if missing := [name for name, frame in frames.items() if frame is None]:
+            raise ValueError(
+                f"{missing[0]} of episode {episode} ends at frame {number} of {behind - first}: leave the episode out"
+            )
         if number % reading.stride:
             continue
         numbers.append(number)

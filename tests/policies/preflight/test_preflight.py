@@ -159,6 +159,16 @@ def test_time_that_goes_back_and_missing_numbers_fail(tmp_path, monkeypatch):
     assert f"first in row {LENGTH + 3}" in str(found["units"])
 
 
+def test_damaged_video_is_told(tmp_path, monkeypatch):
+    data = write_robot_data(tmp_path / "data", good_episodes(2), monkeypatch)
+    video = next((data / "videos").rglob("*.mp4"))
+    content = bytearray(video.read_bytes())
+    content[40 : len(content) // 2] = bytes(len(content) // 2 - 40)
+    video.write_bytes(content)
+    found = run(data, tmp_path, ["images"])
+    assert "fail" in dict(found["images"])
+
+
 def test_policy_that_sees_the_task_beats_both_baselines_on_episodes_it_never_saw(good, policy, tmp_path):
     found = run(good, tmp_path, ["features", "units", "open_loop"], policy=str(policy))
     assert [status for status, _ in found["open_loop"]] == ["pass"], found
