@@ -50,9 +50,9 @@ def check_overfit(recording: Recording, cfg, compute: Compute, output_dir: Path)
         raise ValueError(f"overfit_episode is {episode}, the data set has episodes 0 to {recording.num_episodes - 1}")
     config = fresh_config(recording, cfg.policy)
     config.device, config.pretrained_path = str(compute.device), None
-    torch.manual_seed(cfg.training.seed)
-    policy = get_policy_class(config.type)(config)
     stats = statistics(recording, episode)
+    torch.manual_seed(cfg.training.seed)
+    policy = get_policy_class(config.type)(config, dataset_stats=stats)
     preprocess, postprocess = make_pre_post_processors(config, dataset_stats=stats)
     inputs = {name: tuple(feature.shape) for name, feature in (config.input_features or {}).items()}
     reading = open_loop.Reading(inputs, dict(cfg.rename_map), 1, cfg.batch_size)
