@@ -21,6 +21,7 @@ class Stage:
 
 STAGES = {
     "ingest": Stage("video from any source -> curated clips in a frame store", "video_data.ingest", "IngestConfig"),
+    "convert": Stage("LeRobotDataset v2.1 -> v3.0, every episode checked", "video_data.convert", "ConvertConfig"),
     "demos": Stage(
         "scripted experts in simulation -> LeRobotDataset, with and without actions", "envs.demos", "DemosConfig"
     ),
@@ -70,6 +71,12 @@ STAGES = {
         "a planner of frames + inverse model + a few demonstrations -> LeRobot policy (UniPi)",
         "policies.finetune_unipi",
         "FinetuneUnipiConfig",
+    ),
+    "preflight": Stage(
+        "data set and policy -> what would go wrong on the robot, before it moves",
+        "policies.preflight.preflight",
+        "PreflightConfig",
+        repeats=True,
     ),
     "hindsight": Stage(
         "a few labelled and many unlabelled trajectories -> labelled data sets, one an arm",

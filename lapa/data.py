@@ -12,7 +12,9 @@ A frame store is a folder:
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from lapa.checkpoint import read_json, write_json, write_tensors
 
 FORMAT_VERSION = 1
+STILL = 1e-6  # a number whose standard deviation is below never moved
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,14 @@ class FrameStore:
         """(N,) frames that follow each frame within its episode."""
         return np.repeat(self.episode_offsets[1:], np.diff(self.episode_offsets)) - 1 - np.arange(self.num_frames)
 
+    @cached_property
+    def actions_are_positions(self) -> bool:
+        """Whether an action says where to go, as joint positions do, and not how far; False without states."""
+        if self.actions is None or self.states is None or self.actions.shape[1] != self.states.shape[1]:
+            return False
+        near_state, near_change = action_nearness(self.actions, self.states, self.episode_offsets)
+        return near_state < min(1.0, near_change)
+
     @property
     def fingerprint(self) -> str:
         """Identifies the frames and their order, so that labels are never used with other data."""
@@ -97,6 +108,9 @@ def open_frames(path: str | Path, image_size: int, cache_dir: str | None = None)
             f"{path} is neither a LeRobotDataset (no meta/info.json) nor a frame store (no store.json): "
             "for a folder of video files run `lapa ingest` first"
         )
+    version = str(read_json(path / "meta" / "info.json").get("codebase_version"))
+    if version.startswith("v2"):
+        raise ValueError(f"{path} is of LeRobot version {version}: run `lapa convert data={path} output_dir=...` first")
     cache_root = Path(cache_dir or os.environ.get("LAPA_CACHE") or "~/.cache/lapa").expanduser()
     folder = cache_root / f"{path.resolve().name}-{_dataset_key(path)}-{image_size}px"
     cache_root.mkdir(parents=True, exist_ok=True)
@@ -221,10 +235,14 @@ def _episode_frames(dataset, camera: str, episode: int, rows: np.ndarray, image_
 
 
 def _decode_span(video: Path, start_s: float, num_frames: int, fps: float, image_size: int) -> list[np.ndarray]:
-    """The frames whose timestamps begin at `start_s`, from the last keyframe before it."""
+    return [_resize(frame, image_size) for frame in decode_span(video, start_s, num_frames, fps)]
+
+
+def decode_span(video: Path, start_s: float, num_frames: int, fps: float) -> Iterator[np.ndarray]:
+    """Up to num_frames frames (H, W, 3) uint8 whose timestamps begin at `start_s`, from the last keyframe before it."""
     import av
 
-    frames: list[np.ndarray] = []
+    num_left = num_frames
     with av.open(str(video), metadata_errors="ignore") as container:
         stream = container.streams.video[0]
         stream.thread_type = "SLICE"
@@ -233,10 +251,10 @@ def _decode_span(video: Path, start_s: float, num_frames: int, fps: float, image
         for frame in container.decode(stream):
             if frame.time is None or frame.time < start_s - 0.5 / fps:
                 continue
-            frames.append(_resize(frame.to_ndarray(format="rgb24"), image_size))
-            if len(frames) == num_frames:
-                break
-    return frames
+            yield frame.to_ndarray(format="rgb24")
+            num_left -= 1
+            if not num_left:
+                return
 
 
 def _resize(frame: np.ndarray, image_size: int) -> np.ndarray:
@@ -331,15 +349,40 @@ class FramePairs:
         return np.stack([first, first + self.gaps[indices]], axis=1)
 
     def displacements(self, indices: np.ndarray) -> np.ndarray:
-        """(B, A): the actions executed between the two frames, summed; needs a store with actions."""
+        """(B, A): how far the robot went between the two frames; needs a store with actions.
+
+        The sum of the actions, or where these are positions to go to, the change of the state.
+        """
         if self.store.actions is None:
             raise ValueError(f"{self.store.folder} has no actions")
         first, gaps = self.first_frames[indices], self.gaps[indices]
+        if self.store.actions_are_positions:
+            assert self.store.states is not None
+            return self.store.states[first + gaps] - self.store.states[first]
         sums = np.empty((len(first), self.store.actions.shape[1]), self.store.actions.dtype)
         for gap in np.unique(gaps):
             same = gaps == gap
             sums[same] = self.store.actions[first[same, None] + np.arange(gap)].sum(axis=1)
         return sums
+
+
+def action_nearness(actions: np.ndarray, states: np.ndarray, episode_offsets: np.ndarray) -> tuple[float, float]:
+    """How far actions (N, A) are from the states (N, A), and from what the states change by until the next frame.
+
+    Medians over the dimensions that move, in standard deviations of states and of actions. Positions to go to are less
+    than one from the state; displacements are less than one from its change.
+    """
+    is_last = np.zeros(len(actions), bool)
+    is_last[episode_offsets[1:] - 1] = True
+    rows = np.flatnonzero(~is_last)
+    moving = (actions.std(0) > STILL) & (states.std(0) > STILL)
+    if not moving.any() or not len(rows):
+        return np.inf, np.inf
+    actions, states = actions[:, moving].astype(np.float64), states[:, moving].astype(np.float64)
+    changes = states[rows + 1] - states[rows]
+    near_state = np.median(np.abs(actions - states).mean(0) / states.std(0))
+    near_change = np.median(np.abs(actions[rows] - changes).mean(0) / actions.std(0))
+    return float(near_state), float(near_change)
 
 
 def action_chunks(

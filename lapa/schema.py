@@ -132,6 +132,22 @@ class IngestConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """`lapa convert`: a LeRobotDataset v2.1 becomes v3.0, in <output_dir>/lerobot; the source is only read.
+
+    Every episode is looked at whole first: one whose rows, timestamps or video are broken is left out, and counted.
+    Videos are joined without encoding them anew; statistics are computed anew, from every row and frame.
+    """
+
+    data: str = MISSING  # folder of a LeRobotDataset v2.1, or v2.0
+    output_dir: str = MISSING
+    episodes: list[int] = field(default_factory=list)  # only these of the source, numbered anew; empty: all
+    data_file_size_mb: int = 100  # of parquet and video files: a new one begins where an episode would make it larger
+    video_file_size_mb: int = 200
+    num_workers: int = 2
+
+
+@dataclass
 class RealignerModel:
     """A small captioner that reads a noisy title (after Altogether, arXiv 2410.17251)."""
 
@@ -560,6 +576,7 @@ class LabelConfig:
     action_data: str | None = None  # the same episodes with actions (source=actions)
     seed: int = 0  # of the shuffling and of k-means
     evaluation: str | None = None  # folder of `lapa evaluate_quantizer` with the gate; default: the quantizer's own
+    export: str = "none"  # none | lerobot: also the data set with the labels as features, in <output_dir>/lerobot
     batch_size: int = 256
     cache_dir: str | None = None
     runtime: Runtime = field(default_factory=Runtime)
@@ -827,6 +844,8 @@ class FinetuneConfig:
     num_action_steps: int = 2  # of a chunk, before the policy looks again
     use_state: bool = False  # the policy also reads the robot's state (proprioception), observation.state of the data
     state_dropout: float = 0.0  # share of the samples in training whose state is hidden; policies like to copy it
+    # Learn how far from its state the robot shall go, where actions are positions; needs use_state.
+    relative_actions: bool = False
     num_episodes: int | None = None  # the first n episodes only, of each data set; null: all
     pretrained_learning_rate_ratio: float = 0.05  # pretrained weights learn slower; a few demos would wreck them
     cache_dir: str | None = None
@@ -852,6 +871,40 @@ class FinetuneUnipiConfig:
     pretrained_learning_rate_ratio: float = 0.05  # all of the planner is pretrained
     cache_dir: str | None = None
     training: Training = field(default_factory=lambda: Training(num_steps=150, learning_rate=2e-3, warmup_steps=20))
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
+class PreflightConfig:
+    """`lapa preflight`: before a robot moves, checks of a data set and a policy for what a low loss hides.
+
+    Each check says pass, warn, fail or skip and what to do; a failed one makes the command fail. Writes preflight.json
+    and a picture of predicted against recorded actions for every episode of the open-loop check.
+    """
+
+    output_dir: str = MISSING
+    data: str = MISSING  # a LeRobotDataset v3.0 of the robot
+    policy: str | None = None  # any LeRobot policy folder; null: only the data are looked at
+    checks: list[str] = field(
+        default_factory=lambda: ["features", "units", "timing", "images", "open_loop", "overfit", "replay"]
+    )
+    rename_map: dict[str, str] = field(default_factory=dict)  # the data set's name of a feature: the policy's
+    # Of the open-loop check; should be unknown to the policy. Empty: those behind the ones that `lapa finetune` says
+    # it was trained on, else the last tenth.
+    episodes: list[int] = field(default_factory=list)
+    frame_stride: int = 1  # the open-loop check predicts from every n-th frame
+    batch_size: int = 32  # frames predicted at once
+    overfit_episode: int = 0  # a fresh policy of the same class must learn it by heart
+    overfit_ratio: float = 0.5  # of the better baseline's error, that it must get below
+    training: Training = field(  # of overfit
+        default_factory=lambda: Training(num_steps=400, learning_rate=2e-3, batch_size=32, tensorboard=False)
+    )
+    # Replay: a Gymnasium id, and the seed of the first episode; null: told by the folder of `lapa demos`.
+    replay_env: str | None = None
+    replay_options: dict[str, Any] = field(default_factory=dict)  # of the environment
+    replay_seed: int = 0
+    num_replays: int = 3
+    replay_tolerance: float = 0.001  # in units of the state, between recorded and simulated states
     runtime: Runtime = field(default_factory=Runtime)
 
 

@@ -180,6 +180,7 @@ def build_robot(
         num_sampling_steps=cfg.num_sampling_steps,
         use_state=cfg.use_state,
         state_dropout=cfg.state_dropout,
+        relative_actions=cfg.relative_actions,
         optimizer_lr=cfg.training.learning_rate,
         optimizer_weight_decay=cfg.training.weight_decay,
         scheduler_warmup_steps=cfg.training.warmup_steps,
@@ -202,11 +203,18 @@ def build_robot(
         state_std = np.where(state_std > 1e-6, state_std, 1.0).astype(np.float32)
         statistics[OBS_STATE] = {"mean": torch.from_numpy(states.mean(0)), "std": torch.from_numpy(state_std)}
     preprocessor, postprocessor = make_lapa_pre_post_processors(config, statistics)
+    targets = torch.from_numpy((store.actions - mean) / std)
+    if policy.relative_actions is not None:
+        assert states is not None
+        distances = torch.from_numpy((chunks - states[:, None])[~is_pad] / std)
+        policy.relative_actions.fit(statistics)
+        policy.relative_actions.fit_distances(distances)
+        targets = (distances - policy.relative_actions.mean) / policy.relative_actions.std
     head = policy.model.action_head
     if isinstance(head, BinnedActionHead):
-        head.fit_bins(torch.from_numpy((store.actions - mean) / std))
+        head.fit_bins(targets)
     if isinstance(head, DenoisingActionHead):
-        head.fit_limits(torch.from_numpy((store.actions - mean) / std))
+        head.fit_limits(targets)
     return Robot(
         name=name,
         store=store,
@@ -261,6 +269,8 @@ def load_pretrained(policy: LapaPolicy, folder: Path, pretrained: dict, with_hea
     policy.model.trunk.load_state_dict(part("trunk"))
     action_feature = policy.config.action_feature
     assert action_feature is not None
+    if policy.relative_actions is not None:
+        return False  # what was pretrained predicts positions
     wanted = ("action", "chunk", policy.config.chunk_size, action_feature.shape[0])
     offered = (
         pretrained["target"],

@@ -28,6 +28,7 @@ from video_data.lerobot_files import Episode, write_dataset
 from video_data.runner import run_in_order
 from video_data.sources.media import open_media
 from video_data.store import read_manifest, write_text
+from video_data.video_output import VideoOutput, read_packets
 
 CLIPS_A_SHARD = 50
 RATE_TOLERANCE = 0.02  # rates closer than this are one rate; frames are then taken one by one
@@ -162,8 +163,8 @@ class ShardWriter:
     def __init__(self, folder: Path, target: Target):
         self.folder, self.target = folder, target
         self._num_files = 0
-        self._encoded: _Output | None = None
-        self._copied: _Output | None = None
+        self._encoded: _EncodedOutput | None = None
+        self._copied: VideoOutput | None = None
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -207,31 +208,20 @@ class ShardWriter:
             stream = container.streams.video[0]
             if (stream.width, stream.height) != (self.target.width, self.target.height):
                 return None  # stored lying on its side
-            packets = [packet for packet in container.demux(stream) if packet.size]
-            times = [packet.pts for packet in packets if packet.pts is not None]
-            if not len(packets) == len(times) == num_frames or not packets[0].is_keyframe or packets[0].is_discard:
+            packets = read_packets(container, stream, num_frames)
+            if packets is None:
                 return None
-            order = {time: position for position, time in enumerate(sorted(times))}
-            if len(order) != num_frames:
-                return None
-            delay = max(number - order[time] for number, time in enumerate(times))
-            if self._copied is None or not self._copied.takes(stream, delay):
+            if self._copied is None or not self._copied.takes(stream, packets.delay):
                 if self._copied is not None:
                     self._copied.close()
-                self._copied = _Output.copy_of(self._next_file(), stream, delay, self.target.fps)
+                self._copied = VideoOutput.copy_of(self._next_file(), stream, packets.delay, self.target.fps)
             output = self._copied
-            start = output.num_frames
-            for number, (packet, time) in enumerate(zip(packets, times, strict=True)):
-                packet.pts, packet.dts = start + order[time], start + number - output.delay
-                packet.duration, packet.time_base = 1, Fraction(1, self.target.fps)
-                packet.stream = output.stream
-                output.container.mux(packet)
-            output.num_frames += num_frames
+            start = output.append(packets)
         return {"file": output.path.name, "start": start, "length": num_frames}
 
     def _encode(self, media, request: ClipRequest, row: dict) -> dict:
         if self._encoded is None:
-            self._encoded = _Output.encoder(self._next_file(), self.target)
+            self._encoded = _EncodedOutput.encoder(self._next_file(), self.target)
         output = self._encoded
         start = output.num_frames
         for pixels in _resampled(_frames(media, request, row["fps"]), row["fps"], self.target.fps):
@@ -250,23 +240,11 @@ class ShardWriter:
         return self.folder / f"{self._num_files - 1}.mp4"
 
 
-class _Output:
-    """A video file being written, whose clock counts frames."""
-
-    def __init__(self, path: Path, container, stream, delay: int, parameters: bytes, encodes: bool):
-        self.path, self.container, self.stream = path, container, stream
-        self.delay, self._parameters, self._encodes = delay, parameters, encodes
-        self.num_frames = 0
+class _EncodedOutput(VideoOutput):
+    """A video file of frames that are encoded."""
 
     @classmethod
-    def copy_of(cls, path: Path, template, delay: int, fps: int) -> "_Output":
-        container = av.open(str(path), "w")
-        stream = container.add_stream_from_template(template)
-        stream.time_base = Fraction(1, fps)
-        return cls(path, container, stream, delay, template.codec_context.extradata or b"", False)
-
-    @classmethod
-    def encoder(cls, path: Path, target: Target) -> "_Output":
+    def encoder(cls, path: Path, target: Target) -> "_EncodedOutput":
         container = av.open(str(path), "w")
         stream = container.add_stream("libx264", rate=target.fps)
         stream.width, stream.height, stream.pix_fmt = target.width, target.height, PIXEL_FORMAT
@@ -274,16 +252,11 @@ class _Output:
         stream.codec_context.thread_count = 1
         interval = target.keyframe_interval or DEFAULT_KEYFRAME_INTERVAL
         stream.options = {"crf": str(CRF), "preset": PRESET, "g": str(interval), "bf": "0", "forced-idr": "1"}
-        return cls(path, container, stream, 0, b"", True)
-
-    def takes(self, stream, delay: int) -> bool:
-        """Whether the packets of another stream can follow: they are decoded with this file's parameters."""
-        return (stream.codec_context.extradata or b"") == self._parameters and delay <= self.delay
+        return cls(path, container, stream, 0, b"", target.fps)
 
     def close(self) -> None:
-        if self._encodes:
-            self.container.mux(self.stream.encode())
-        self.container.close()
+        self.container.mux(self.stream.encode())
+        super().close()
 
 
 def _request(row: dict) -> ClipRequest:

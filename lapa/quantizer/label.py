@@ -10,6 +10,7 @@ episode are marked invalid. A label folder holds
     labels.json          source, the quantizer's config.json, sizes, store fingerprint, gate result, histogram
     labels.safetensors   latent_action (N, num_codes), int64 codes or float32 numbers of a continuous codebook (zero
                          where invalid), is_valid (N,) bool
+    lerobot/             with export=lerobot, the data set with the labels as features
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from lapa.metrics import code_usage
 from lapa.quantizer.base import load_quantizer, quantizer_pairs
 from lapa.quantizer.evaluate_quantizer import with_probe_data
 from lapa.quantizer.evaluation import quantizer_digest
+from lapa.quantizer.label_export import export_labels
 from lapa.quantizer.latent_actions import ACTIVE_VARIANCE
 from lapa.runtime import Compute, setup
 from lapa.schema import LabelConfig
@@ -62,6 +64,8 @@ def run(cfg: LabelConfig) -> dict:
     """Label every frame; returns how many, and how evenly the codes are used."""
     if cfg.source not in SOURCES:
         raise ValueError(f"source is {cfg.source!r}, expected one of {sorted(SOURCES)}")
+    if cfg.export not in ("none", "lerobot"):
+        raise ValueError(f"export is {cfg.export!r}, expected none or lerobot")
     compute = setup(cfg.runtime)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,8 @@ def run(cfg: LabelConfig) -> dict:
             "histogram": histogram,
         },
     )
+    if cfg.export == "lerobot":
+        export_labels(Path(cfg.data).expanduser(), output_dir / "lerobot", store, latent_action, is_valid)
     result = {"num_labels": int(is_valid.sum()), "share_valid": float(is_valid.mean())}
     if not is_discrete:
         return result | {"active_dimensions": int((codes.var(0) > ACTIVE_VARIANCE).sum())}

@@ -23,6 +23,7 @@ class LapaConfig(PreTrainedConfig):
     use_state: also read observation.state, normalised by mean and standard deviation unless normalization_mapping
         names another way.
     state_dropout: share of the samples in training whose state is hidden.
+    relative_actions: the model predicts how far from the state the robot shall go; outside, actions stay positions.
     """
 
     n_obs_steps: int = 1
@@ -38,6 +39,7 @@ class LapaConfig(PreTrainedConfig):
     num_sampling_steps: int = DEFAULTS.num_sampling_steps
     use_state: bool = DEFAULTS.use_state
     state_dropout: float = DEFAULTS.state_dropout
+    relative_actions: bool = DEFAULTS.relative_actions
 
     # Images reach the model in [0, 1]; its own first layer centres them.
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -72,6 +74,8 @@ class LapaConfig(PreTrainedConfig):
             )
         if self.action_feature is None:
             raise ValueError(f"this policy needs the output `action`, got {sorted(self.output_features or {})}")
+        if self.relative_actions and not self.use_state:
+            raise ValueError("relative_actions needs the state that they are relative to: set use_state=true")
         if self.use_state and self.robot_state_feature is None:
             raise ValueError(
                 f"use_state needs observation.state among the inputs, got {sorted(self.input_features or {})}: "
@@ -79,7 +83,13 @@ class LapaConfig(PreTrainedConfig):
             )
 
     def get_optimizer_preset(self) -> AdamWConfig:
-        return AdamWConfig(lr=self.optimizer_lr, weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0)
+        training = DEFAULTS.training
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            betas=(training.beta1, training.beta2),
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=training.grad_clip,
+        )
 
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
         return CosineDecayWithWarmupSchedulerConfig(

@@ -19,6 +19,7 @@ from lapa.latent_vla.model import StateToken, VisionLanguageTrunk, build_action_
 from lapa.trainer import parameter_groups
 from policies.lapa.configuration_lapa import LapaConfig
 from policies.lapa.real_time import blend_chunks
+from policies.lapa.relative_actions import build_relative_actions
 
 P = TypeVar("P", bound="LapaPolicy")
 
@@ -68,6 +69,9 @@ class LapaPolicy(PreTrainedPolicy):
             assert config.robot_state_feature is not None
             state_token = StateToken(config.robot_state_feature.shape[0], trunk.width, config.state_dropout)
         self.model = build_action_model(trunk, head, state_token)
+        self.relative_actions = build_relative_actions(config) if config.relative_actions else None
+        if self.relative_actions is not None and dataset_stats:
+            self.relative_actions.fit(dataset_stats)
         self.reset()
 
     @classmethod
@@ -86,6 +90,8 @@ class LapaPolicy(PreTrainedPolicy):
         """Loss, a scalar or with reduction="none" one a sample (B,), and numbers to log."""
         images_BCHW, ids_BW, state_BP = self._inputs(batch)
         actions_BTA = batch[ACTION]
+        if self.relative_actions is not None and state_BP is not None:
+            actions_BTA = self.relative_actions.distances(actions_BTA, state_BP)
         is_pad_BT = batch.get("action_is_pad")
         if is_pad_BT is None:
             is_pad_BT = torch.zeros(actions_BTA.shape[:2], dtype=torch.bool, device=actions_BTA.device)
@@ -113,6 +119,8 @@ class LapaPolicy(PreTrainedPolicy):
         self.eval()
         images_BCHW, ids_BW, state_BP = self._inputs(batch)
         chunk_BTA = self.model.decode(images_BCHW, ids_BW, generator, state_BP)
+        if self.relative_actions is not None and state_BP is not None:
+            chunk_BTA = self.relative_actions.actions(chunk_BTA, state_BP)
         return blend_chunks(chunk_BTA, prev_chunk_left_over, inference_delay)
 
     def supports_rtc(self) -> bool:

@@ -1,13 +1,23 @@
 import json
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from lapa.checkpoint import read_json, write_json, write_tensors
-from lapa.data import FramePairs, action_chunks, frame_gap, open_frames, read_store, split_episodes, to_float
+from lapa.data import (
+    FramePairs,
+    FrameStore,
+    action_chunks,
+    frame_gap,
+    open_frames,
+    read_store,
+    split_episodes,
+    to_float,
+)
 
 SIZE = 8
 
@@ -146,3 +156,35 @@ def test_frames_become_channels_first_floats():
     frames[..., 1] = 255
     tensor = to_float(frames)
     assert tensor.shape == (2, 3, 4, 6) and tensor[:, 1].min() == 1 and tensor[:, 0].max() == 0
+
+
+@pytest.mark.parametrize("are_positions", [True, False])
+def test_the_way_between_frames_is_told_by_positions_and_by_displacements_alike(tmp_path, are_positions):
+    """26 joints in 3 episodes: what is commanded is where to be next, or how far to go until then."""
+    rng = np.random.default_rng(0)
+    offsets = np.array([0, 30, 60, 90])
+    steps = rng.normal(0, 0.02, (90, 26))
+    places = np.concatenate([rng.normal(0, 0.3, 26) + np.cumsum(steps[a:b], 0) for a, b in pairwise(offsets)])
+    following = np.concatenate([np.concatenate([places[a + 1 : b], places[b - 1 : b]]) for a, b in pairwise(offsets)])
+    store = FrameStore(
+        folder=tmp_path,
+        frames=np.zeros((90, 4, 4, 3), np.uint8),
+        episode_offsets=offsets,
+        fps=30.0,
+        instructions=["go"] * 3,
+        sources=["robot"] * 3,
+        actions=following if are_positions else following - places,
+        states=places,
+        skipped=[],
+    )
+    assert store.actions_are_positions is are_positions
+    pairs = FramePairs(store, 5, np.arange(3))
+    expected = places[pairs.first_frames + 5] - places[pairs.first_frames]
+    np.testing.assert_allclose(pairs.displacements(np.arange(len(pairs))), expected, atol=1e-6)
+
+
+def test_a_data_set_of_an_older_version_is_sent_to_convert(tmp_path):
+    (tmp_path / "meta").mkdir()
+    write_json(tmp_path / "meta" / "info.json", {"codebase_version": "v2.1"})
+    with pytest.raises(ValueError, match="lapa convert"):
+        open_frames(tmp_path, SIZE)

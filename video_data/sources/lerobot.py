@@ -100,6 +100,14 @@ class _Episode(NamedTuple):
 
 
 def _episodes_v2(root: Path, info: dict, camera: str) -> Iterator[_Episode]:
+    for listed in read_episodes_v2(root):
+        number = listed["episode_index"]
+        video, table = (path_v2(info, pattern, number, camera) for pattern in ("video_path", "data_path"))
+        yield _Episode(number, video, None, None, listed.get("tasks", []), table, listed["length"])
+
+
+def read_episodes_v2(root: Path) -> Iterator[dict]:
+    """The lines of meta/episodes.jsonl: episode_index, length and mostly tasks; ValueError where one is damaged."""
     listed = root / "meta" / "episodes.jsonl"
     if not listed.is_file():
         raise ValueError(f"no file {listed}, which a LeRobotDataset v2.1 lists its episodes in")
@@ -107,12 +115,15 @@ def _episodes_v2(root: Path, info: dict, camera: str) -> Iterator[_Episode]:
         for line in file:
             try:
                 episode = json.loads(line)
-                number, length = episode["episode_index"], episode["length"]
+                yield episode | {"episode_index": int(episode["episode_index"]), "length": int(episode["length"])}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{listed} is damaged, or lacks a key: {error!r} in {line[:80]!r}") from None
-            names = {"episode_chunk": number // info["chunks_size"], "episode_index": number, "video_key": camera}
-            video, table = (info[pattern].format(**names) for pattern in ("video_path", "data_path"))
-            yield _Episode(number, video, None, None, episode.get("tasks", []), table, length)
+
+
+def path_v2(info: dict, pattern: str, number: int, camera: str = "") -> str:
+    """Where episode `number` has its rows (pattern "data_path") or a camera's video ("video_path")."""
+    chunk = number // info["chunks_size"]
+    return info[pattern].format(episode_chunk=chunk, episode_index=number, video_key=camera)
 
 
 def _episodes_v3(root: Path, info: dict, camera: str) -> Iterator[_Episode]:

@@ -1,0 +1,69 @@
+"""Actions as distances from the state, inside the policy: outside they stay what the data set has, positions to go to.
+
+LeRobot's own relative actions are a pair of processor steps: what is predicted from one state is added to the state of
+the step that carries it out, which is another one wherever a chunk is carried out over several steps. Here the state
+that was seen is added to the whole chunk at once, so queues, servers and real-time chunking need to know nothing of it.
+
+Shapes: B batch, N samples, T chunk size, A action dimensions, which are also the state's.
+"""
+
+from typing import Any
+
+import torch
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor, nn
+
+from policies.lapa.configuration_lapa import LapaConfig
+
+
+def build_relative_actions(config: LapaConfig) -> "RelativeActions":
+    """ValueError where state and action differ in size, so that one cannot be told from the other."""
+    assert config.action_feature is not None and config.robot_state_feature is not None
+    action_dim, state_dim = config.action_feature.shape[0], config.robot_state_feature.shape[0]
+    if action_dim != state_dim:
+        raise ValueError(
+            f"relative_actions needs an action and a state of the same numbers, they have {action_dim} and {state_dim} "
+            "of them: set relative_actions=false"
+        )
+    return RelativeActions(action_dim)
+
+
+class RelativeActions(nn.Module):
+    """Normalised actions (B, T, A) to normalised distances from the state, and back.
+
+    Its numbers are buffers, saved with the weights: scale and shift turn a normalised state into a normalised action,
+    mean and std are those of the distances.
+    """
+
+    def __init__(self, action_dim: int):
+        super().__init__()
+        self.scale: Tensor
+        self.shift: Tensor
+        self.mean: Tensor
+        self.std: Tensor
+        for name, value in (("scale", 1.0), ("shift", 0.0), ("mean", 0.0), ("std", 1.0)):
+            self.register_buffer(name, torch.full((action_dim,), value))
+
+    def fit(self, statistics: dict[str, dict[str, Any]]) -> None:
+        """From "mean" and "std" (A,) that `action` and `observation.state` are normalised by."""
+        action, state = (
+            {name: torch.as_tensor(statistics[key][name], dtype=torch.float32) for name in ("mean", "std")}
+            for key in (ACTION, OBS_STATE)
+        )
+        self.scale.copy_(state["std"] / action["std"])
+        self.shift.copy_((state["mean"] - action["mean"]) / action["std"])
+
+    def fit_distances(self, normalised_NA: Tensor) -> None:
+        """From distances action - state, divided by the standard deviation of the action."""
+        self.mean.copy_(normalised_NA.mean(0))
+        self.std.copy_(normalised_NA.std(0).clamp_min(1e-6))
+
+    def anchor(self, state_BA: Tensor) -> Tensor:
+        """(B, 1, A): where the robot is, as a normalised action."""
+        return (state_BA * self.scale + self.shift)[:, None]
+
+    def distances(self, actions_BTA: Tensor, state_BA: Tensor) -> Tensor:
+        return (actions_BTA - self.anchor(state_BA) - self.mean) / self.std
+
+    def actions(self, distances_BTA: Tensor, state_BA: Tensor) -> Tensor:
+        return distances_BTA * self.std + self.mean + self.anchor(state_BA)
