@@ -206,10 +206,10 @@ def build_robot(
     targets = torch.from_numpy((store.actions - mean) / std)
     if policy.relative_actions is not None:
         assert states is not None
-        distances = torch.from_numpy((chunks - states[:, None])[~is_pad] / std)
+        distances = torch.from_numpy((chunks - states[:, None]) / std)
         policy.relative_actions.fit(statistics)
-        policy.relative_actions.fit_distances(distances)
-        targets = (distances - policy.relative_actions.mean) / policy.relative_actions.std
+        policy.relative_actions.fit_distances(distances, torch.from_numpy(is_pad))
+        targets = ((distances - policy.relative_actions.mean) / policy.relative_actions.std)[torch.from_numpy(~is_pad)]
     head = policy.model.action_head
     if isinstance(head, BinnedActionHead):
         head.fit_bins(targets)

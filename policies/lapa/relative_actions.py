@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from policies.lapa.configuration_lapa import LapaConfig
 
+LEAST_STD_SHARE = 0.05  # of the largest standard deviation over the steps of a chunk
+
 
 def build_relative_actions(config: LapaConfig) -> "RelativeActions":
     """ValueError where state and action differ in size, so that one cannot be told from the other."""
@@ -25,24 +27,26 @@ def build_relative_actions(config: LapaConfig) -> "RelativeActions":
             f"relative_actions needs an action and a state of the same numbers, they have {action_dim} and {state_dim} "
             "of them: set relative_actions=false"
         )
-    return RelativeActions(action_dim)
+    return RelativeActions(config.chunk_size, action_dim)
 
 
 class RelativeActions(nn.Module):
     """Normalised actions (B, T, A) to normalised distances from the state, and back.
 
-    Its numbers are buffers, saved with the weights: scale and shift turn a normalised state into a normalised action,
-    mean and std are those of the distances.
+    Its numbers are buffers, saved with the weights: scale and shift (A,) turn a normalised state into a normalised
+    action; mean and std (T, A) are those of the distances, which grow from the first step of a chunk to its last.
     """
 
-    def __init__(self, action_dim: int):
+    def __init__(self, chunk_size: int, action_dim: int):
         super().__init__()
         self.scale: Tensor
         self.shift: Tensor
         self.mean: Tensor
         self.std: Tensor
-        for name, value in (("scale", 1.0), ("shift", 0.0), ("mean", 0.0), ("std", 1.0)):
-            self.register_buffer(name, torch.full((action_dim,), value))
+        self.register_buffer("scale", torch.ones(action_dim))
+        self.register_buffer("shift", torch.zeros(action_dim))
+        self.register_buffer("mean", torch.zeros(chunk_size, action_dim))
+        self.register_buffer("std", torch.ones(chunk_size, action_dim))
 
     def fit(self, statistics: dict[str, dict[str, Any]]) -> None:
         """From "mean" and "std" (A,) that `action` and `observation.state` are normalised by."""
@@ -53,10 +57,15 @@ class RelativeActions(nn.Module):
         self.scale.copy_(state["std"] / action["std"])
         self.shift.copy_((state["mean"] - action["mean"]) / action["std"])
 
-    def fit_distances(self, normalised_NA: Tensor) -> None:
+    def fit_distances(self, distances_NTA: Tensor, is_pad_NT: Tensor) -> None:
         """From distances action - state, divided by the standard deviation of the action."""
-        self.mean.copy_(normalised_NA.mean(0))
-        self.std.copy_(normalised_NA.std(0).clamp_min(1e-6))
+        kept_NT1 = (~is_pad_NT)[..., None].to(distances_NTA.dtype)
+        count_T1 = kept_NT1.sum(0).clamp_min(1)
+        mean_TA = (distances_NTA * kept_NT1).sum(0) / count_T1
+        std_TA = (((distances_NTA - mean_TA).square() * kept_NT1).sum(0) / count_T1).sqrt()
+        self.mean.copy_(mean_TA)
+        # A joint that hardly moves at first is not told apart from noise more finely than a share of all its motion.
+        self.std.copy_(std_TA.maximum(LEAST_STD_SHARE * std_TA.amax(0)).clamp_min(1e-6))
 
     def anchor(self, state_BA: Tensor) -> Tensor:
         """(B, 1, A): where the robot is, as a normalised action."""
