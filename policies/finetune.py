@@ -210,6 +210,7 @@ def build_robot(
         policy.relative_actions.fit(statistics)
         policy.relative_actions.fit_distances(distances, torch.from_numpy(is_pad))
         targets = ((distances - policy.relative_actions.mean) / policy.relative_actions.std)[torch.from_numpy(~is_pad)]
+        policy.relative_actions.to(device)
     head = policy.model.action_head
     if isinstance(head, BinnedActionHead):
         head.fit_bins(targets)

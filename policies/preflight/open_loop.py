@@ -173,8 +173,13 @@ def plot(path: Path, recording: Recording, episode: int, numbers: np.ndarray, ch
     names = recording.names(ACTION)
     columns = min(4, len(names))
     num_rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.4 * columns, 1.7 * num_rows + 0.5), layout="constrained")
+    height = 1.7 * num_rows + 1.0
+    # Placed by hand: matplotlib's own layout takes longer than the prediction where a robot has many joints.
+    figure = Figure(figsize=(3.4 * columns, height))
     all_axes = figure.subplots(num_rows, columns, squeeze=False, sharex=True)
+    figure.subplots_adjust(
+        left=0.6 / (3.4 * columns), right=0.99, top=1 - 0.6 / height, bottom=0.55 / height, hspace=0.35, wspace=0.25
+    )
     time_s = np.arange(len(recorded)) / recording.fps
     begins, last = [], -chunks.shape[1]
     for place, number in enumerate(numbers):
@@ -201,6 +206,6 @@ def plot(path: Path, recording: Recording, episode: int, numbers: np.ndarray, ch
         axes.set_visible(False)
     figure.supxlabel("time (s)", fontsize=8)
     handles, labels = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="upper center", ncols=2, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(figure))

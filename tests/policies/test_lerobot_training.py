@@ -40,19 +40,20 @@ def test_lapa_finetune_and_lerobots_parts_train_the_same_policy(data, tmp_path, 
     """
     start: dict[str, torch.Tensor] = {}
     losses: list[float] = []
-    fit = finetune.fit
+    build_robot, mean_loss = finetune.build_robot, finetune.mean_loss
 
-    def watched(policy, make_batch, loss_function, *arguments, **options):
-        start.update({name: value.clone() for name, value in policy.state_dict().items()})
+    def watched_robot(*arguments):
+        robot = build_robot(*arguments)
+        start.update({name: value.clone() for name, value in robot.policy.state_dict().items()})
+        return robot
 
-        def keep(batch):
-            loss, numbers = loss_function(batch)
-            losses.append(loss.item())
-            return loss, numbers
+    def watched_loss(batches):
+        loss, numbers = mean_loss(batches)
+        losses.append(loss.item())
+        return loss, numbers
 
-        return fit(policy, make_batch, keep, *arguments, **options)
-
-    monkeypatch.setattr(finetune, "fit", watched)
+    monkeypatch.setattr(finetune, "build_robot", watched_robot)
+    monkeypatch.setattr(finetune, "mean_loss", watched_loss)
     finetune.run(
         FinetuneConfig(
             output_dir=str(tmp_path / "policy"),
