@@ -5,10 +5,10 @@ import threading
 import warnings
 from typing import Any
 
-import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from envs.adapted_env import AdaptedEnv
 from envs.metaworld_suite import INSTRUCTIONS
 from envs.rendering import SUPERSAMPLING, FrameRenderer, mujoco
 
@@ -26,7 +26,7 @@ CAMERA_POSITION = (0.75, 0.075, 0.7)
 HALF_TURN = (0.0, 0.0, 0.0, 1.0)  # about the viewing axis
 
 
-class MetaWorldEnv(gymnasium.Env):
+class MetaWorldEnv(AdaptedEnv):
     """One task of Meta-World with the objects and the goal drawn anew from the seed of each episode.
 
     Observation: {"pixels": (image_size, image_size, 3) uint8, "agent_pos": (4,) float32}, the hand's x, y, z in metres
@@ -34,13 +34,11 @@ class MetaWorldEnv(gymnasium.Env):
     sites (a coloured ball where it has one) are drawn.
     Action: (4,) float32 in [-1, 1]: the hand's displacement, 1 is 1 cm per simulator step, and the gripper's force
     (1 closes).
-    Reward: 1 on the step that succeeds, else 0. Success at any simulator step, by Meta-World's measure, ends the
-    episode; its 500 simulator steps truncate it.
-    info: is_success, instruction, and after a step executed_action, the action after clipping.
+    Success at any simulator step, by Meta-World's measure, ends the episode; its 500 simulator steps truncate it.
 
     Args:
         task: one of envs.metaworld_suite.TASKS.
-        image_size: frame height and width in pixels, at least 16.
+        image_size: frame height and width in pixels.
         action_repeat: simulator steps (of 1/80 s) per action; the control rate 80 / action_repeat must be whole.
         observe_pixels: False leaves out "pixels" and renders only in render().
 
@@ -48,54 +46,32 @@ class MetaWorldEnv(gymnasium.Env):
         ValueError: for values outside what is listed here.
     """
 
-    action_space: spaces.Box
-    observation_space: spaces.Dict
     robot_type = "sawyer"
 
-    def __init__(
-        self,
-        task: str,
-        image_size: int = 96,
-        action_repeat: int = 4,
-        observe_pixels: bool = True,
-        render_mode: str | None = "rgb_array",
-    ) -> None:
+    def __init__(self, task: str, image_size: int = 96, action_repeat: int = 4, observe_pixels: bool = True) -> None:
         if task not in INSTRUCTIONS:
             raise ValueError(f"task is {task!r}, expected one of {list(INSTRUCTIONS)}")
         if action_repeat < 1 or SIMULATOR_HZ % action_repeat:
             raise ValueError(f"action_repeat is {action_repeat}, expected a divisor of {SIMULATOR_HZ}")
-        if image_size < 16:
-            raise ValueError(f"image_size is {image_size}, expected at least 16 pixels")
-        self.task, self.instruction = task, INSTRUCTIONS[task]
-        self.image_size, self.action_repeat, self.observe_pixels = image_size, action_repeat, observe_pixels
-        self.render_mode = render_mode
-        self.metadata = {
-            "render_modes": ["rgb_array"],
-            "render_fps": SIMULATOR_HZ // action_repeat,
-            "action_repeat": action_repeat,
-        }
         self._simulation = ALL_V3_ENVIRONMENTS[task]()
+        super().__init__(
+            task,
+            INSTRUCTIONS[task],
+            image_size,
+            observe_pixels,
+            SIMULATOR_HZ // action_repeat,
+            self._simulation.max_path_length // action_repeat,
+            spaces.Box(np.array([-2, -2, -2, 0], np.float32), np.array([2, 2, 2, 1], np.float32)),
+            spaces.Box(-1.0, 1.0, (4,), np.float32),
+        )
+        self.action_repeat = self.metadata["action_repeat"] = action_repeat
         # What Meta-World's set_task does, with a draw from the episode's seed for one of 50 stored draws.
         self._simulation._set_task_called = True
         self._simulation._freeze_rand_vec = False
         self._simulation.seeded_rand_vec = True
-        self._max_episode_steps = self._simulation.max_path_length // action_repeat
         self._seen: np.ndarray = np.zeros(39)
         self._expert: Any = None
-        self._num_steps = 0
         adapt_rendering(self._simulation.model, image_size)
-
-        self.action_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
-        state_low, state_high = np.array([-2, -2, -2, 0], np.float32), np.array([2, 2, 2, 1], np.float32)
-        observation_spaces: dict[str, spaces.Space] = {"agent_pos": spaces.Box(state_low, state_high)}
-        if observe_pixels:
-            observation_spaces["pixels"] = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict(observation_spaces)
-
-    @property
-    def task_description(self) -> str:
-        """The instruction, under LeRobot's name."""
-        return self.instruction
 
     def expert_action(self) -> np.ndarray:
         """What Meta-World's scripted policy would do now, (4,) float32, from the true state and goal."""
@@ -103,34 +79,21 @@ class MetaWorldEnv(gymnasium.Env):
         seen[-3:] = self._simulation._get_pos_goal()
         return np.clip(self._expert.get_action(seen), -1, 1).astype(np.float32)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        super().reset(seed=seed)
-        self._simulation.np_random = self.np_random
+    def _begin(self, seed: int) -> None:
+        self._simulation.np_random = np.random.default_rng(seed)
         self._seen, _ = self._simulation.reset()
         make_expert: Any = ENV_POLICY_MAP[self.task]
         self._expert = make_expert()
-        self._num_steps = 0
-        return self._observation(), {"is_success": False, "instruction": self.instruction}
 
-    def step(self, action: np.ndarray):
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (4,) or not np.isfinite(action).all():
-            raise ValueError(f"action is {action}, expected 4 finite numbers in [-1, 1]")
-        action = np.clip(action, -1, 1)
-        self._num_steps += 1
-        success = False
+    def _advance(self, action: np.ndarray) -> bool:
         for _ in range(self.action_repeat):
             self._seen, _, _, _, info = self._simulation.step(action)
-            success = bool(info["success"])
-            if success:
-                break
-        truncated = not success and self._num_steps >= self._max_episode_steps
-        info = {
-            "is_success": success,
-            "instruction": self.instruction,
-            "executed_action": action.astype(np.float32),
-        }
-        return self._observation(), float(success), success, truncated, info
+            if info["success"]:
+                return True
+        return False
+
+    def _state(self) -> np.ndarray:
+        return self._seen[:4]
 
     def render(self) -> np.ndarray:
         """The camera's frame, (image_size, image_size, 3) uint8."""
@@ -140,12 +103,6 @@ class MetaWorldEnv(gymnasium.Env):
         for site, position in self._simulation._target_site_config:
             self._simulation._set_pos_site(site, position)
         return shared_renderer(self.task, self.image_size).render(model, data)
-
-    def _observation(self) -> dict[str, np.ndarray]:
-        observation = {"agent_pos": self._seen[:4].astype(np.float32)}
-        if self.observe_pixels:
-            observation["pixels"] = self.render()
-        return observation
 
 
 def adapt_rendering(model: mujoco.MjModel, image_size: int) -> None:

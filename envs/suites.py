@@ -18,6 +18,9 @@ SUITES = {
     "tabletop": "envs.tabletop_suite",
     "gripper": "envs.gripper.suite",
     "metaworld": "envs.metaworld_suite",
+    "aloha": "envs.aloha_suite",
+    "pusht": "envs.pusht_suite",
+    "libero": "envs.libero_suite",
 }
 
 
