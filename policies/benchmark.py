@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def random_policy(name: str, image_size: int, options: dict[str, Any], folder: P
 
 def random_smolvlm(folder: Path) -> Path:
     """The description of SmolVLM2-500M cut to 16 layers, as SmolVLA uses it, with a tokenizer of a few words."""
-    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    transformers: Any = import_module("transformers")  # it loads its classes when asked, which type checkers do not see
     names = ("image", "fake_image", "global_image", "end_of_utterance", "video")
     marks = {f"{name}_token": f"<{name}>" for name in names}
     words = ["<unk>", "<pad>", *marks.values(), *TASK.split()]

@@ -68,7 +68,9 @@ class ServedPolicy:
         )
         self.inputs = {name: tuple(feature.shape) for name, feature in (config.input_features or {}).items()}
         assert config.action_feature is not None
-        self.action_shape = (int(getattr(config, "chunk_size", 1)), int(config.action_feature.shape[0]))
+        # LeRobot's diffusion policy has no chunk_size: it returns the actions that are executed.
+        num_actions = getattr(config, "chunk_size", getattr(config, "n_action_steps", 1))
+        self.action_shape = (int(num_actions), int(config.action_feature.shape[0]))
 
     def batch(self, observation: dict[str, Any]) -> dict[str, Any]:
         """The policy's batch of one for what `protocol.read_observation` returns, preprocessed."""

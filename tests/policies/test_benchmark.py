@@ -53,9 +53,9 @@ def test_a_policy_gives_actions_of_as_many_steps_as_asked(name, tmp_path):
     small["diffusion"] = {"down_dims": (16, 32), "n_groups": 4, "num_train_timesteps": 2}
     options = small[name] | (LEROBOT_POLICIES[name][1](Path(tmp_path), 64) if name != "lapa" else {})
     folder = random_policy(name, 64, options, tmp_path / name)
-    runner = eager_runner(ServedPolicy(folder, torch.device("cpu")), num_steps=2)
+    served, generator = ServedPolicy(folder, torch.device("cpu")), np.random.default_rng(0)
+    runner = eager_runner(served, num_steps=2)
     runner.reset()
-    generator = np.random.default_rng(0)
     actions = [np.asarray(runner.step(random_observation(runner.inputs, generator))) for _ in range(3)]
     assert all(action.shape == (1, 2) and np.isfinite(action).all() for action in actions)
-    assert runner.num_parameters > 1000
+    assert runner.num_parameters > 1000 and runner.chunk_size == {"lapa": 4, "act": 8, "diffusion": 32}[name]
