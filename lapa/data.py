@@ -392,9 +392,12 @@ def action_chunks(
 
     labels: actions (N, A) in place of the store's own, and which are known (N,); padding is True for the others too.
     """
-    if labels is None and store.actions is None:
+    if labels is not None:
+        actions, is_known = labels
+    elif store.actions is not None:
+        actions, is_known = store.actions, np.ones(store.num_frames, bool)
+    else:
         raise ValueError(f"{store.folder} has no actions: use a data set recorded with actions")
-    actions, is_known = labels or (store.actions, np.ones(store.num_frames, bool))
     ahead = np.arange(chunk_size)
     rows = np.minimum(np.arange(store.num_frames)[:, None] + ahead, store.num_frames - 1)
     is_pad = (ahead[None] > store.steps_left()[:, None]) | ~is_known[rows]

@@ -146,6 +146,8 @@ def finetune_job(config: RunConfig, arm: str, seed: int, pretrained: str | None)
     output_dir = f"{config.finetune.output_dir}/{arm}-seed{seed}"
     training = replace(config.finetune.training, seed=seed)
     if ARMS[arm].target == "frame":
+        if config.finetune.data is None or pretrained is None:
+            raise ValueError(f"the {arm} arm finetunes on a single data set: set finetune.data, not finetune.mixture")
         return "finetune_unipi", replace(
             config.finetune_unipi,
             data=config.finetune.data,

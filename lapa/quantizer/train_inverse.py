@@ -65,7 +65,7 @@ def run(cfg: TrainInverseConfig) -> dict:
     )
     if not distributed.is_main():
         return {}
-    numbers = {"num_train_pairs": len(train_pairs)}
+    numbers: dict[str, float] = {"num_train_pairs": len(train_pairs)}
     if len(held_out_episodes):
         pairs = FramePairs(store, gap, held_out_episodes)
         numbers |= accuracy(model, pairs, mean, cfg.num_test_pairs, compute, "held_out")
