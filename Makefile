@@ -15,8 +15,8 @@ setup: ## create or complete .venv (Python 3.12, locked versions)
 quickstart: setup ## the whole method in miniature: demos to success rates and a report
 	$(BIN)/lapa run experiment=quickstart
 
-test: setup ## run the tests; ARGS="tests/envs -k reach" to select
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, two files at a time; ARGS="tests/envs -k reach" to select
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup ## lint, format, import contract, types
 	$(BIN)/ruff check .
