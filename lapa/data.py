@@ -28,6 +28,7 @@ from lapa.checkpoint import read_json, write_json, write_tensors
 
 FORMAT_VERSION = 1
 STILL = 1e-6  # a number whose standard deviation is below never moved
+NEAR = 0.5  # standard deviations of the state, within which actions are taken for positions
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class FrameStore:
         if self.actions is None or self.states is None or self.actions.shape[1] != self.states.shape[1]:
             return False
         near_state, near_change = action_nearness(self.actions, self.states, self.episode_offsets)
-        return near_state < min(1.0, near_change)
+        return near_state < min(NEAR, near_change)
 
     @property
     def fingerprint(self) -> str:
@@ -369,19 +370,23 @@ class FramePairs:
 def action_nearness(actions: np.ndarray, states: np.ndarray, episode_offsets: np.ndarray) -> tuple[float, float]:
     """How far actions (N, A) are from the states (N, A), and from what the states change by until the next frame.
 
-    Medians over the dimensions that move, in standard deviations of states and of actions. Positions to go to are less
-    than one from the state; displacements are less than one from its change.
+    Medians over the dimensions that move, in standard deviations of states and of actions. Positions to go to are a
+    small part of one from the state; displacements are less than one from its change. Rows that are not finite do not
+    count.
     """
-    is_last = np.zeros(len(actions), bool)
-    is_last[episode_offsets[1:] - 1] = True
-    rows = np.flatnonzero(~is_last)
-    moving = (actions.std(0) > STILL) & (states.std(0) > STILL)
-    if not moving.any() or not len(rows):
+    is_finite = np.isfinite(actions).all(1) & np.isfinite(states).all(1)
+    is_next_finite = np.append(is_finite[1:], False)
+    is_next_finite[episode_offsets[1:] - 1] = False
+    rows = np.flatnonzero(is_finite & is_next_finite)
+    if not len(rows):
+        return np.inf, np.inf
+    moving = (actions[rows].std(0) > STILL) & (states[rows].std(0) > STILL)
+    if not moving.any():
         return np.inf, np.inf
     actions, states = actions[:, moving].astype(np.float64), states[:, moving].astype(np.float64)
-    changes = states[rows + 1] - states[rows]
+    changes, actions, states = states[rows + 1] - states[rows], actions[rows], states[rows]
     near_state = np.median(np.abs(actions - states).mean(0) / states.std(0))
-    near_change = np.median(np.abs(actions[rows] - changes).mean(0) / actions.std(0))
+    near_change = np.median(np.abs(actions - changes).mean(0) / actions.std(0))
     return float(near_state), float(near_change)
 
 
