@@ -41,7 +41,17 @@ PAPER = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/exper
 
 
 @pytest.mark.parametrize(
-    "experiment", ["quickstart", "tabletop", "families", "gripper", "droid", *(f"paper/{name}" for name in PAPER)]
+    "experiment",
+    [
+        "quickstart",
+        "tabletop",
+        "families",
+        "gripper",
+        "mt10",
+        "backbones",
+        "droid",
+        *(f"paper/{name}" for name in PAPER),
+    ],
 )
 def test_experiments_compose_and_put_every_folder_into_the_run_directory(experiment):
     # A sweep has a run directory a point, and shares what the points have in common beside them.
@@ -51,7 +61,8 @@ def test_experiments_compose_and_put_every_folder_into_the_run_directory(experim
         assert stage.output_dir.startswith("somewhere/")
 
 
-def test_arms_differ_in_their_pretraining_alone(monkeypatch):
+def test_arms_differ_in_their_pretraining_alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     calls = []
     monkeypatch.setattr(pipeline, "run_stage", lambda verb, options: calls.append((verb, options)))
     pipeline.run(compose_run("experiment=quickstart", "run_dir=r", "seeds=[0,1]"))
