@@ -159,6 +159,7 @@ def test_video_becomes_a_policy_and_a_report_and_a_second_call_does_nothing_agai
     assert capsys.readouterr().out.count("is complete") == 12
 
 
+@pytest.mark.timeout(900)
 def test_the_proof_in_miniature_writes_every_table_and_resumes(tmp_path, capsys):
     """All arms end to end, two at a time; a killed stage and a second call change nothing that is complete."""
     options = [
