@@ -245,6 +245,9 @@ GOOD = {
     "error_to_present": 0.003,
     "linear_probe_r2": 0.8,
     "present_frame_probe_r2": 0.1,
+    "latent_gain_r2": 0.7,
+    "latent_gain_r2_low": 0.6,
+    "latent_gain_r2_high": 0.8,
 }
 
 
@@ -276,8 +279,7 @@ def test_gate_asks_no_more_latent_actions_of_a_large_code_space_than_there_are_p
         ({"psnr_over_copy_db": -1.0}, "no better than repeating the first frame"),
         ({"error_to_present": 0.0009}, "hardly moves"),
         ({"linear_probe_r2": float("nan")}, "linear_probe_r2 is not a number"),
-        ({"linear_probe_r2": 0.05}, "first frame alone"),
-        ({"linear_probe_r2": -0.02, "present_frame_probe_r2": -0.5}, "first frame alone"),
+        ({"latent_gain_r2": 0.01, "latent_gain_r2_low": -0.02}, "that the first frame does not"),
     ],
 )
 def test_gate_refuses_and_says_why(change, reason):
