@@ -30,6 +30,18 @@ def refuse_foreign_code(folder: Path) -> None:
                 )
 
 
+def refuse_missing_statistics(folder: Path, steps: list) -> None:
+    """ValueError where a normaliser has no numbers for a feature: LeRobot passes it on as it is, without a word."""
+    for step in steps:
+        for name, feature in getattr(step, "features", {}).items() if hasattr(step, "norm_map") else ():
+            mode = step.norm_map.get(feature.type)
+            if mode is not None and mode.value != "IDENTITY" and name not in (step.stats or {}):
+                raise ValueError(
+                    f"{folder} normalises {name} by {mode.value} and has no statistics of it: the policy would work in "
+                    "wrong units. Save it with the processors that its data set's statistics make"
+                )
+
+
 class PolicyFolder:
     """A policy saved by LeRobot, with its own pre- and postprocessor.
 
@@ -41,7 +53,8 @@ class PolicyFolder:
         image_size: of the frames that act() will be given, pixels.
 
     Raises:
-        ValueError: where the folder is no policy, or the policy needs other observations than these.
+        ValueError: where the folder is no policy or lacks statistics, or the policy needs other observations than
+            these.
     """
 
     def __init__(self, folder: str | Path, device: str, image_size: int) -> None:
@@ -73,6 +86,7 @@ class PolicyFolder:
             pretrained_path=str(folder),
             preprocessor_overrides={"device_processor": {"device": device}},
         )
+        refuse_missing_statistics(folder, [*self.preprocess.steps, *self.postprocess.steps])
 
     def reset(self) -> None:
         self.policy.reset()

@@ -1,9 +1,10 @@
 """What happens to a batch before and after the LAPA policy: batching, device, statistics of action and state."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lerobot.configs import NormalizationMode
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.processor import PolicyAction, PolicyProcessorPipeline, make_default_pre_post_processors
 
 from policies.lapa.configuration_lapa import LapaConfig
@@ -14,6 +15,21 @@ STATISTICS = {
     NormalizationMode.QUANTILES: ("q01", "q99"),
     NormalizationMode.QUANTILE10: ("q10", "q90"),
 }
+
+
+def missing_statistics(
+    features: Mapping[str, PolicyFeature],
+    normalization: Mapping[FeatureType, NormalizationMode],
+    statistics: Mapping[str, Mapping[str, Any]] | None,
+) -> dict[str, list[str]]:
+    """What the normalisation of each feature needs and has not; LeRobot's normaliser passes raw numbers on there."""
+    missing = {}
+    for key, feature in features.items():
+        known = (statistics or {}).get(key, {})
+        wanted = STATISTICS.get(normalization.get(feature.type, NormalizationMode.IDENTITY), ())
+        if lacking := [name for name in wanted if name not in known]:
+            missing[key] = lacking
+    return missing
 
 
 def make_lapa_pre_post_processors(
@@ -31,13 +47,11 @@ def make_lapa_pre_post_processors(
     """
     if dataset_stats is None and dataset_meta is not None:
         dataset_stats = dataset_meta.stats
-    for key, feature in ((config.input_features or {}) | (config.output_features or {})).items():
-        mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
-        known = (dataset_stats or {}).get(key, {})
-        missing = [name for name in STATISTICS.get(mode, ()) if name not in known]
-        if missing:
-            raise ValueError(
-                f"the {key} statistics {missing} are missing, the policy would work in wrong units: pass "
-                "dataset_stats=dataset.meta.stats, or pretrained_path=<policy folder> to load saved ones"
-            )
+    features = (config.input_features or {}) | (config.output_features or {})
+    normalization = {FeatureType(kind): mode for kind, mode in config.normalization_mapping.items()}
+    for key, missing in missing_statistics(features, normalization, dataset_stats).items():
+        raise ValueError(
+            f"the {key} statistics {missing} are missing, the policy would work in wrong units: pass "
+            "dataset_stats=dataset.meta.stats, or pretrained_path=<policy folder> to load saved ones"
+        )
     return make_default_pre_post_processors(config, dataset_stats, normalizer_device=config.device)

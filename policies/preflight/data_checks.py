@@ -14,6 +14,7 @@ from lerobot.processor import NormalizerProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lapa.data import STILL, action_nearness
+from policies.lapa.processor_lapa import STATISTICS, missing_statistics
 from policies.preflight.recording import Finding, Recording
 from policies.serving.served_policy import ServedPolicy
 
@@ -27,12 +28,6 @@ FACTORS = {
 ANGLES = ("degrees for radians", "radians for degrees")
 RARE = 0.005  # of the steps: a gripper that opens and shuts jumps more often than that
 FAR = 5.0  # standard deviations of the policy from its mean: values it has hardly seen
-STATISTICS = {
-    NormalizationMode.MEAN_STD: ("mean", "std"),
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.QUANTILES: ("q01", "q99"),
-    NormalizationMode.QUANTILE10: ("q10", "q90"),
-}
 MAX_LAG_S = 0.5
 GRIPPER_WORDS = ("grip", "hand", "finger", "thumb", "claw")
 DARK, BRIGHT = 8, 247  # mean grey levels below and above which a frame shows nothing
@@ -183,22 +178,26 @@ def _statistics_faults(recording: Recording, policy: ServedPolicy) -> list[Findi
     step = normalizer(policy)
     if step is None:
         return [Finding("units", "warn", "the policy's preprocessor normalises nothing: it works in raw units")]
-    findings = []
+    all_missing = missing_statistics(step.features, step.norm_map, step.stats)
+    findings = [
+        Finding(
+            "units",
+            "fail",
+            f"the policy has no statistics {missing} of {name}, by which it normalises: LeRobot passes it on in raw "
+            "units. Make the policy's processors from the data set's statistics",
+        )
+        for name, missing in all_missing.items()
+    ]
     for name, feature in step.features.items():
         mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
         stored = (step.stats or {}).get(name, {})
-        missing = [key for key in STATISTICS.get(mode, ()) if key not in stored]
-        if missing:
-            findings.append(
-                Finding(
-                    "units",
-                    "fail",
-                    f"the policy has no statistics {missing} of {name}, which it normalises by {mode.value}: LeRobot "
-                    "passes it on in raw units. Make the policy's processors from the data set's statistics",
-                )
-            )
         values = {ACTION: recording.actions, OBS_STATE: recording.states}.get(name)
-        if missing or values is None or mode == NormalizationMode.IDENTITY or feature.type == FeatureType.VISUAL:
+        if (
+            name in all_missing
+            or values is None
+            or mode == NormalizationMode.IDENTITY
+            or feature.type == FeatureType.VISUAL
+        ):
             continue
         if len(np.ravel(np.asarray(stored[STATISTICS[mode][0]]))) == values.shape[1]:
             findings.append(_compare(recording.names(name), name, values, mode, stored))

@@ -10,6 +10,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.utils.import_utils import register_third_party_plugins
 
+from policies.lapa.processor_lapa import missing_statistics
 from policies.serving.protocol import is_image
 
 
@@ -43,12 +44,15 @@ class ServedPolicy:
         inputs: name and shape of each observation that the policy needs, images as (3, H, W).
         action_shape: (T, A) of what `infer` returns.
 
+    Args:
+        require_statistics: of all that the policy normalises; without them LeRobot gives it raw numbers, unsaid.
+
     Raises:
-        ValueError: where the folder is no policy, or the policy remembers earlier observations, which one server for
-            several robots cannot do.
+        ValueError: where the folder is no policy, lacks statistics, or the policy remembers earlier observations,
+            which one server for several robots cannot do.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device) -> None:
+    def __init__(self, folder: str | Path, device: torch.device, require_statistics: bool = True) -> None:
         folder = Path(folder).expanduser()
         policy_type(folder)
         refuse_foreign_code(folder)
@@ -66,6 +70,15 @@ class ServedPolicy:
             pretrained_path=str(folder),
             preprocessor_overrides={"device_processor": {"device": str(device)}},
         )
+        steps = [*self.preprocess.steps, *self.postprocess.steps]
+        for step in steps if require_statistics else ():
+            if not hasattr(step, "norm_map"):  # neither a normaliser nor its inverse
+                continue
+            for name, missing in missing_statistics(step.features, step.norm_map, step.stats).items():
+                raise ValueError(
+                    f"{folder} has no statistics {missing} of {name}: the policy would work in wrong units. Save it "
+                    "with the processors that its data set's statistics make"
+                )
         self.inputs = {name: tuple(feature.shape) for name, feature in (config.input_features or {}).items()}
         assert config.action_feature is not None
         # LeRobot's diffusion policy has no chunk_size: it returns the actions that are executed.

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from envs import demos
+from envs.policy_folder import PolicyFolder
 from lapa.checkpoint import read_json
 from lapa.schema import DemosConfig, FinetuneConfig, PreflightConfig, Runtime, Training, WordText
 from policies import finetune
 from policies.preflight import open_loop, preflight
 from policies.preflight.recording import read_recording
+from policies.serving.served_policy import ServedPolicy
 from tests.lapa.latent_vla.test_pretrain import BACKBONE
 from tests.policies.preflight.conftest import CAMERA, LENGTH, good_episodes, write_robot_data
 
@@ -218,6 +220,10 @@ def test_missing_statistics_fail(good, policy, tmp_path):
     )
     found = run(good, tmp_path, ["units"], policy=str(bare))
     assert "no statistics ['mean', 'std'] of action" in str(found["units"])
+    with pytest.raises(ValueError, match="wrong units"):
+        ServedPolicy(bare, torch.device("cpu"))
+    with pytest.raises(ValueError, match="wrong units"):
+        PolicyFolder(bare, "cpu", 32)
 
 
 def test_camera_of_another_name_fails_until_it_is_mapped(good, policy, tmp_path):

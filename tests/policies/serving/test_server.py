@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError, web
 
-from lapa.schema import Embodiment, ServeConfig
+from lapa.schema import Embodiment, ExportConfig, ServeConfig
+from policies import export
 from policies.serving import server as server_module
 from policies.serving.client import PolicyClient
 from policies.serving.protocol import pack, unpack
@@ -392,7 +393,12 @@ def test_the_client_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_policy_folder_is_served_until_it_is_told_to_stop(policy_folder):
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_policy_folder_is_served_until_it_is_told_to_stop(policy_folder, tmp_path, exported):
+    if exported:
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        export.run(ExportConfig(str(tmp_path), str(policy_folder)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -402,7 +408,7 @@ def test_a_policy_folder_is_served_until_it_is_told_to_stop(policy_folder):
             "-m",
             "lapa.cli",
             "serve",
-            f"policy={policy_folder}",
+            f"policy={tmp_path if exported else policy_folder}",
             "embodiment=tabletop",
             f"port={port}",
             "runtime.num_threads=1",
