@@ -844,8 +844,9 @@ class FinetuneConfig:
     num_action_steps: int = 2  # of a chunk, before the policy looks again
     use_state: bool = False  # the policy also reads the robot's state (proprioception), observation.state of the data
     state_dropout: float = 0.0  # share of the samples in training whose state is hidden; policies like to copy it
-    # Learn how far from its state the robot shall go, where actions are positions; needs use_state.
+    # Learn how far the robot shall go, where actions are positions; needs use_state.
     relative_actions: bool = False
+    relative_to: str = "state"  # where from: state | last_action, which a joint that lags behind does not reach
     num_episodes: int | None = None  # the first n episodes only, of each data set; null: all
     pretrained_learning_rate_ratio: float = 0.05  # pretrained weights learn slower; a few demos would wreck them
     cache_dir: str | None = None

@@ -115,6 +115,7 @@ def exportable(served: ServedPolicy, folder: str) -> LapaPolicy:
     reasons = {
         f"it has several cameras, {cameras}": len(cameras) > 1,
         f"its text encoder is {text}, expected words": text != "words",
+        "its actions are relative (relative_actions=true)": policy.config.relative_actions,
         "its backbone is a model of transformers": backbone == "huggingface",
         f"its head samples chunks ({policy.config.action_head})": isinstance(
             policy.model.action_head, DenoisingActionHead

@@ -44,7 +44,7 @@ class Robot:
     """One embodiment: a policy with its own statistics, action head and layer for the state, and its demonstrations.
 
     first_frame: where the frames of `store` begin in the mixture. chunks (N, T, A) and is_pad (N, T) are of its frames,
-    states (N, P) too, or None where they are not read.
+    with the action before as one row more where the policy reads it; states (N, P) too, or None where not read.
     """
 
     name: str
@@ -181,6 +181,7 @@ def build_robot(
         use_state=cfg.use_state,
         state_dropout=cfg.state_dropout,
         relative_actions=cfg.relative_actions,
+        relative_to=cfg.relative_to,
         optimizer_lr=cfg.training.learning_rate,
         optimizer_weight_decay=cfg.training.weight_decay,
         scheduler_warmup_steps=cfg.training.warmup_steps,
@@ -206,11 +207,19 @@ def build_robot(
     targets = torch.from_numpy((store.actions - mean) / std)
     if policy.relative_actions is not None:
         assert states is not None
-        distances = torch.from_numpy((chunks - states[:, None]) / std)
+        origins = states
+        if config.reads_last_action:
+            begins = np.isin(np.arange(store.num_frames), store.episode_offsets[:-1])
+            before = np.roll(store.actions, 1, axis=0)
+            origins = np.where(begins[:, None], states, before)
+        distances = torch.from_numpy((chunks - origins[:, None]) / std)
         policy.relative_actions.fit(statistics)
         policy.relative_actions.fit_distances(distances, torch.from_numpy(is_pad))
         targets = ((distances - policy.relative_actions.mean) / policy.relative_actions.std)[torch.from_numpy(~is_pad)]
         policy.relative_actions.to(device)
+        if config.reads_last_action:
+            chunks = np.concatenate([before[:, None], chunks], axis=1)
+            is_pad = np.concatenate([begins[:, None], is_pad], axis=1)
     head = policy.model.action_head
     if isinstance(head, BinnedActionHead):
         head.fit_bins(targets)

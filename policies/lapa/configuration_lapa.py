@@ -23,7 +23,9 @@ class LapaConfig(PreTrainedConfig):
     use_state: also read observation.state, normalised by mean and standard deviation unless normalization_mapping
         names another way.
     state_dropout: share of the samples in training whose state is hidden.
-    relative_actions: the model predicts how far from the state the robot shall go; outside, actions stay positions.
+    relative_actions: the model predicts how far the robot shall go; outside, actions stay positions.
+    relative_to: from where: state, or last_action. `select_action` remembers it; `predict_action_chunk` finds it in the
+        batch as `action` (B, 1, A). Where there is none, as when an episode begins, distances are from the state.
     """
 
     n_obs_steps: int = 1
@@ -40,6 +42,7 @@ class LapaConfig(PreTrainedConfig):
     use_state: bool = DEFAULTS.use_state
     state_dropout: float = DEFAULTS.state_dropout
     relative_actions: bool = DEFAULTS.relative_actions
+    relative_to: str = DEFAULTS.relative_to
 
     # Images reach the model in [0, 1]; its own first layer centres them.
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -60,6 +63,8 @@ class LapaConfig(PreTrainedConfig):
             raise ValueError(
                 f"n_action_steps is {self.n_action_steps}, expected 1 to chunk_size, which is {self.chunk_size}"
             )
+        if self.relative_to not in ("state", "last_action"):
+            raise ValueError(f"relative_to is {self.relative_to!r}, expected state or last_action")
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps is {self.n_obs_steps}: this policy sees one frame, set it to 1")
         if self.use_state and self.normalization_mapping.get("STATE") in (None, NormalizationMode.IDENTITY):
@@ -105,7 +110,11 @@ class LapaConfig(PreTrainedConfig):
 
     @property
     def action_delta_indices(self) -> list[int]:
-        return list(range(self.chunk_size))
+        return list(range(-1 if self.reads_last_action else 0, self.chunk_size))
+
+    @property
+    def reads_last_action(self) -> bool:
+        return self.relative_actions and self.relative_to == "last_action"
 
     @property
     def reward_delta_indices(self) -> None:

@@ -29,6 +29,7 @@ class LapaPolicy(PreTrainedPolicy):
 
     A batch holds images (B, C, H, W) in [0, 1] under the configured key, `task`: B strings, with config.use_state
     `observation.state` (B, P), normalised, and in training `action` (B, T, A), normalised, with `action_is_pad` (B, T).
+    Where config.reads_last_action, `action` has one row more, the action before the chunk, at its beginning.
 
     Args:
         trunk: one that policies of several robots share; None: a new one, as the configuration says.
@@ -83,18 +84,24 @@ class LapaPolicy(PreTrainedPolicy):
         return parameter_groups(self, self.config.optimizer_weight_decay)
 
     def reset(self) -> None:
-        """Forget the rest of the chunk: call it when an episode begins."""
+        """Forget the rest of the chunk and the last action: call it when an episode begins."""
         self._action_queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+        self._last_action: Tensor | None = None
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """Loss, a scalar or with reduction="none" one a sample (B,), and numbers to log."""
         images_BCHW, ids_BW, state_BP = self._inputs(batch)
         actions_BTA = batch[ACTION]
-        if self.relative_actions is not None and state_BP is not None:
-            actions_BTA = self.relative_actions.distances(actions_BTA, state_BP)
         is_pad_BT = batch.get("action_is_pad")
         if is_pad_BT is None:
             is_pad_BT = torch.zeros(actions_BTA.shape[:2], dtype=torch.bool, device=actions_BTA.device)
+        if self.relative_actions is not None and state_BP is not None:
+            last_BA = has_last_B = None
+            if self.config.reads_last_action:
+                last_BA, has_last_B = actions_BTA[:, 0], ~is_pad_BT[:, 0]
+                actions_BTA, is_pad_BT = actions_BTA[:, 1:], is_pad_BT[:, 1:]
+            place_B1A = self.relative_actions.place(state_BP, last_BA, has_last_B)
+            actions_BTA = self.relative_actions.distances(actions_BTA, place_B1A)
         loss_B, numbers = self.model.loss(images_BCHW, ids_BW, actions_BTA, is_pad_BT, state_BP)
         to_log = {name: float(value) for name, value in numbers.items()}
         if reduction == "none":
@@ -115,12 +122,16 @@ class LapaPolicy(PreTrainedPolicy):
         Args:
             generator: on the CPU, for heads that sample; None: the same observation gives the same chunk.
             inference_delay, prev_chunk_left_over: of real-time chunking, see `blend_chunks`.
+
+        Where config.reads_last_action, the last action is `action` of the batch (B, 1, A), or what real-time chunking
+        is about to do, or what `select_action` returned last.
         """
         self.eval()
         images_BCHW, ids_BW, state_BP = self._inputs(batch)
         chunk_BTA = self.model.decode(images_BCHW, ids_BW, generator, state_BP)
         if self.relative_actions is not None and state_BP is not None:
-            chunk_BTA = self.relative_actions.actions(chunk_BTA, state_BP)
+            place_B1A = self.relative_actions.place(state_BP, self._find_last_action(batch, prev_chunk_left_over))
+            chunk_BTA = self.relative_actions.actions(chunk_BTA, place_B1A)
         return blend_chunks(chunk_BTA, prev_chunk_left_over, inference_delay)
 
     def supports_rtc(self) -> bool:
@@ -133,7 +144,18 @@ class LapaPolicy(PreTrainedPolicy):
         if not self._action_queue:
             chunk_BTA = self.predict_action_chunk(batch, **kwargs)
             self._action_queue.extend(chunk_BTA[:, : self.config.n_action_steps].transpose(0, 1))
-        return self._action_queue.popleft()
+        self._last_action = self._action_queue.popleft()
+        return self._last_action
+
+    def _find_last_action(self, batch: dict[str, Any], left_over_PA: Tensor | None) -> Tensor | None:
+        """(B, A) or (1, A), normalised; None where it is not known, or not wanted."""
+        if not self.config.reads_last_action:
+            return None
+        if ACTION in batch:
+            return batch[ACTION][:, 0]
+        if left_over_PA is not None and len(left_over_PA):
+            return left_over_PA[:1]
+        return self._last_action
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         return {

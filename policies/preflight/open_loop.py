@@ -95,6 +95,10 @@ def observations(recording: Recording, reading: Reading, episode: int) -> Iterat
                 batch[name] = pixels.float() / 255
             if OBS_STATE in reading.inputs and recording.states is not None:
                 batch[OBS_STATE] = torch.from_numpy(recording.states[first + np.array(numbers)]).float()
+            if ACTION in reading.inputs:
+                # The action before; the first frame, which has none, is not compared.
+                before = first + np.maximum(np.array(numbers) - 1, 0)
+                batch[ACTION] = torch.from_numpy(recording.actions[before]).float()[:, None]
             yield np.array(numbers), batch
             waiting, numbers = {name: [] for name in cameras}, []
 

@@ -16,6 +16,7 @@ from lapa.trainer import finish, fit
 from policies.lapa.configuration_lapa import LapaConfig
 from policies.preflight import open_loop
 from policies.preflight.recording import Finding, Recording
+from policies.serving.served_policy import observed
 
 
 def fresh_config(recording: Recording, folder: str | None) -> PreTrainedConfig:
@@ -54,7 +55,7 @@ def check_overfit(recording: Recording, cfg, compute: Compute, output_dir: Path)
     torch.manual_seed(cfg.training.seed)
     policy = get_policy_class(config.type)(config, dataset_stats=stats)
     preprocess, postprocess = make_pre_post_processors(config, dataset_stats=stats)
-    inputs = {name: tuple(feature.shape) for name, feature in (config.input_features or {}).items()}
+    inputs = observed(config)
     reading = open_loop.Reading(inputs, dict(cfg.rename_map), 1, cfg.batch_size)
     # Pictures are kept at the size that the policy sees: a whole episode at the camera's may not fit into memory.
     kept: dict[str, list[torch.Tensor]] = {name: [] for name, shape in inputs.items() if len(shape) == 3}
@@ -63,10 +64,9 @@ def check_overfit(recording: Recording, cfg, compute: Compute, output_dir: Path)
             images.append(_resized(batch[name], inputs[name]))
     pictures = {name: torch.cat(images) for name, images in kept.items()}
     recorded = recording.actions[recording.rows(episode)]
-    chunk_size = len(config.action_delta_indices or [0])
-    ahead = np.arange(len(recorded))[:, None] + np.arange(chunk_size)
-    chunks = torch.from_numpy(np.float32(recorded[np.minimum(ahead, len(recorded) - 1)]))
-    is_pad = torch.from_numpy(ahead >= len(recorded))
+    ahead = np.arange(len(recorded))[:, None] + np.array(config.action_delta_indices or [0])
+    chunks = torch.from_numpy(np.float32(recorded[ahead.clip(0, len(recorded) - 1)]))
+    is_pad = torch.from_numpy((ahead < 0) | (ahead >= len(recorded)))
 
     def make_batch(rng: np.random.Generator) -> dict[str, Any]:
         rows = torch.from_numpy(rng.choice(len(recorded), cfg.training.batch_size))

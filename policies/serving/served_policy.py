@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.utils.constants import ACTION
 from lerobot.utils.import_utils import register_third_party_plugins
 
 from policies.lapa.processor_lapa import missing_statistics
@@ -37,11 +38,19 @@ def refuse_foreign_code(folder: Path) -> None:
                 )
 
 
+def observed(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of what a policy is told: its input features, and the last action where it reads that."""
+    features = dict(config.input_features or {})
+    if getattr(config, "reads_last_action", False) and config.action_feature is not None:
+        features[ACTION] = config.action_feature
+    return {name: tuple(feature.shape) for name, feature in features.items()}
+
+
 class ServedPolicy:
     """A policy folder on a device.
 
     Attributes:
-        inputs: name and shape of each observation that the policy needs, images as (3, H, W).
+        inputs: name and shape of each observation that the policy needs, images as (3, H, W), see `observed`.
         action_shape: (T, A) of what `infer` returns.
 
     Args:
@@ -79,7 +88,7 @@ class ServedPolicy:
                     f"{folder} has no statistics {missing} of {name}: the policy would work in wrong units. Save it "
                     "with the processors that its data set's statistics make"
                 )
-        self.inputs = {name: tuple(feature.shape) for name, feature in (config.input_features or {}).items()}
+        self.inputs = observed(config)
         assert config.action_feature is not None
         # LeRobot's diffusion policy has no chunk_size: it returns the actions that are executed.
         num_actions = getattr(config, "chunk_size", getattr(config, "n_action_steps", 1))
@@ -91,6 +100,8 @@ class ServedPolicy:
         for name in self.inputs:
             tensor = torch.from_numpy(np.ascontiguousarray(observation[name])).to(self.device)[None]
             batch[name] = tensor.permute(0, 3, 1, 2).float() / 255 if is_image(name) else tensor
+        if ACTION in batch:
+            batch[ACTION] = batch[ACTION][:, None]
         return self.preprocess(batch)
 
     def infer(self, observation: dict[str, Any]) -> np.ndarray:

@@ -22,6 +22,11 @@ from tests.policies.test_lapa_policy import STATISTICS, new_policy, small_config
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 CAMERA, STATE = "observation.images.top", "observation.state"
+RELATIVE = {
+    "input_features": small_config().input_features | {STATE: PolicyFeature(FeatureType.STATE, (2,))},
+    "use_state": True,
+    "relative_actions": True,
+}
 
 
 def saved(folder, policy):
@@ -95,7 +100,11 @@ def test_images_are_resized_as_torch_does(shape):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"action_head": "flow"}, "samples chunks"), ({"text": asdict(ByteText())}, "text encoder is bytes")],
+    [
+        (RELATIVE, "actions are relative"),
+        ({"action_head": "flow"}, "samples chunks"),
+        ({"text": asdict(ByteText())}, "text encoder is bytes"),
+    ],
 )
 def test_what_cannot_be_exported_is_said(tmp_path, changes, reason):
     folder = saved(tmp_path / "policy", new_policy(**changes))
