@@ -6,14 +6,14 @@ After Language Table (Lynch et al., 2022, "Interactive Language"), in MuJoCo and
 import math
 from typing import Any
 
-import gymnasium
 import numpy as np
 from gymnasium import spaces
 
 from envs.arena import BLOCK_RANGE, CONTACT_DISTANCE, CONTROL_HZ, MAX_STEP, NUM_SUBSTEPS, TIP_RANGE, arena_xml
-from envs.blocks import ALL_BLOCKS, BLOCK_RADIUS, HELD_OUT_BLOCKS, MAX_BLOCKS, SHAPES, TRAIN_BLOCKS, Block
-from envs.instructions import SPLITS, write_instruction
-from envs.rendering import mujoco, shared_renderer
+from envs.block_env import BlockEnv
+from envs.blocks import ALL_BLOCKS, BLOCK_RADIUS, HELD_OUT_BLOCKS, MAX_BLOCKS, SHAPES, TRAIN_BLOCKS
+from envs.instructions import write_instruction
+from envs.rendering import mujoco
 from envs.scene import Scene
 from envs.tasks import make_task
 from envs.variants import Variant, get_variant
@@ -23,7 +23,7 @@ BLOCK_GAP = 2 * BLOCK_RADIUS + 0.022  # between the centres of two blocks at the
 TIP_GAP = CONTACT_DISTANCE + 0.022
 
 
-class TabletopEnv(gymnasium.Env):
+class TabletopEnv(BlockEnv):
     """One family of tasks on the table.
 
     Observation: {"pixels": (image_size, image_size, 3) uint8, "agent_pos": (2,) float32, the tip in metres}.
@@ -44,10 +44,6 @@ class TabletopEnv(gymnasium.Env):
         ValueError: for values outside what is listed here.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
-    action_space: spaces.Box
-    observation_space: spaces.Dict
-
     def __init__(
         self,
         family: str,
@@ -59,61 +55,40 @@ class TabletopEnv(gymnasium.Env):
         observe_pixels: bool = True,
         render_mode: str | None = "rgb_array",
     ) -> None:
-        self.family = family
-        self._task = make_task(family)
-        low, high = (num_blocks, num_blocks) if isinstance(num_blocks, int) else num_blocks
-        if not self._task.min_blocks <= low <= high <= MAX_BLOCKS:
-            raise ValueError(
-                f"num_blocks is {num_blocks}, expected {self._task.min_blocks} to {MAX_BLOCKS} for {family}, "
-                "as one number or as (lowest, highest)"
-            )
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
-        if image_size < 16:
-            raise ValueError(f"image_size is {image_size}, expected at least 16 pixels")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode is {render_mode!r}, expected 'rgb_array' or None")
-        self.num_blocks = (low, high)
-        self.split = split
-        self.variant = get_variant(variant)
-        self.image_size = image_size
-        self.render_mode = render_mode
-        self.observe_pixels = observe_pixels
-        self._max_step = MAX_STEP * self.variant.action_gain
+        variant = get_variant(variant)
         # A body that moves less per step is given more steps.
-        slowness = 1 / min(1.0, self.variant.action_gain)
-        self._max_episode_steps = episode_length or math.ceil(self._task.episode_length * slowness)
-        self.action_space = spaces.Box(-MAX_STEP, MAX_STEP, (2,), np.float32)
-        observation_spaces: dict[str, spaces.Space] = {"agent_pos": spaces.Box(-0.5, 0.5, (2,), np.float32)}
-        if observe_pixels:
-            observation_spaces["pixels"] = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict(observation_spaces)
-
-        self.look = arena_xml(self.variant, image_size)  # MJCF, of which the model is compiled
-        self.model = mujoco.MjModel.from_xml_string(self.look)
-        self.data = mujoco.MjData(self.model)
+        slowness = 1 / min(1.0, variant.action_gain)
+        self._task = make_task(family)
+        super().__init__(
+            family,
+            self._task,
+            arena_xml(variant, image_size),
+            variant,
+            MAX_BLOCKS,
+            num_blocks,
+            split,
+            image_size,
+            observe_pixels,
+            render_mode,
+            max_episode_steps=episode_length or math.ceil(self._task.episode_length * slowness),
+            action_space=spaces.Box(-MAX_STEP, MAX_STEP, (2,), np.float32),
+            state_dim=2,
+        )
+        self._max_step = MAX_STEP * variant.action_gain
         self._disc_ids = [self.model.geom(f"block{slot}").id for slot in range(MAX_BLOCKS)]
         self._drawn_ids = [
             {shape: self.model.geom(f"block{slot}_{shape}").id for shape in SHAPES} for slot in range(MAX_BLOCKS)
         ]
-        self._blocks: tuple[Block, ...] = ()
-        self._num_steps = 0
-        self.instruction = ""
-
-    @property
-    def task(self) -> str:
-        """The family's name, by which evaluations group episodes."""
-        return self.family
-
-    @property
-    def task_description(self) -> str:
-        """The instruction of the present episode, which is what a policy is told."""
-        return self.instruction
 
     @property
     def robot_type(self) -> str:
         """The body's name in data sets."""
         return f"tabletop_{self.variant.name}"
+
+    @property
+    def agent_pos(self) -> np.ndarray:
+        """The tip (2,), metres."""
+        return self.data.qpos[:2]
 
     @property
     def scene(self) -> Scene:
@@ -157,18 +132,6 @@ class TabletopEnv(gymnasium.Env):
         }
         truncated = not success and self._num_steps >= self._max_episode_steps
         return self._observation(), float(success), success, truncated, info
-
-    def render(self) -> np.ndarray:
-        """The camera's frame, (image_size, image_size, 3) uint8."""
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_camlight(self.model, self.data)
-        return shared_renderer(self.look, self.image_size).render(self.model, self.data)
-
-    def _observation(self) -> dict[str, np.ndarray]:
-        observation = {"agent_pos": self.data.qpos[:2].astype(np.float32)}
-        if self.observe_pixels:
-            observation["pixels"] = self.render()
-        return observation
 
     def _draw_scene(self) -> Scene:
         rng = self.np_random

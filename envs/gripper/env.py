@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import gymnasium
 import numpy as np
 from gymnasium import spaces
 
 from envs.arena import CONTROL_HZ
+from envs.block_env import BlockEnv
 from envs.blocks import COLOURS, Block
 from envs.gripper.arena import (
     BLOCK_SIZE,
@@ -23,8 +23,8 @@ from envs.gripper.arena import (
 )
 from envs.gripper.scene import Scene
 from envs.gripper.tasks import make_task
-from envs.instructions import SPLITS, write_instruction
-from envs.rendering import mujoco, shared_renderer
+from envs.instructions import write_instruction
+from envs.rendering import mujoco
 from envs.variants import Variant
 
 ALL_BLOCKS = tuple(Block(colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -40,7 +40,7 @@ ACTION_HIGH = np.array([MAX_STEP, MAX_STEP, MAX_STEP, MAX_OPENING])
 MAX_TURN = 0.3  # of a block about the vertical, radians; the closing fingers turn it straight
 
 
-class GripperEnv(gymnasium.Env):
+class GripperEnv(BlockEnv):
     """One family of tasks of the gripper.
 
     Observation: {"pixels": (image_size, image_size, 3) uint8, "agent_pos": (4,) float32: x, y, z of the point between
@@ -63,10 +63,6 @@ class GripperEnv(gymnasium.Env):
         ValueError: for values outside what is listed here.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
-    action_space: spaces.Box
-    observation_space: spaces.Dict
-
     def __init__(
         self,
         family: str,
@@ -78,36 +74,23 @@ class GripperEnv(gymnasium.Env):
         observe_pixels: bool = True,
         render_mode: str | None = "rgb_array",
     ) -> None:
-        self.family = family
+        variant = look_variant(variant)
         self._task = make_task(family)
-        low, high = (num_blocks, num_blocks) if isinstance(num_blocks, int) else num_blocks
-        if not self._task.min_blocks <= low <= high <= MAX_BLOCKS:
-            raise ValueError(
-                f"num_blocks is {num_blocks}, expected {self._task.min_blocks} to {MAX_BLOCKS} for {family}, "
-                "as one number or as (lowest, highest)"
-            )
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
-        if image_size < 16:
-            raise ValueError(f"image_size is {image_size}, expected at least 16 pixels")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode is {render_mode!r}, expected 'rgb_array' or None")
-        self.num_blocks = (low, high)
-        self.split = split
-        self.variant = look_variant(variant)
-        self.image_size = image_size
-        self.render_mode = render_mode
-        self.observe_pixels = observe_pixels
-        self._max_episode_steps = episode_length or self._task.episode_length
-        self.action_space = spaces.Box(ACTION_LOW.astype(np.float32), ACTION_HIGH.astype(np.float32), dtype=np.float32)
-        observation_spaces: dict[str, spaces.Space] = {"agent_pos": spaces.Box(-0.5, 0.5, (4,), np.float32)}
-        if observe_pixels:
-            observation_spaces["pixels"] = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict(observation_spaces)
-
-        self.look = arena_xml(self.variant, image_size)  # MJCF, of which the model is compiled
-        self.model = mujoco.MjModel.from_xml_string(self.look)
-        self.data = mujoco.MjData(self.model)
+        super().__init__(
+            family,
+            self._task,
+            arena_xml(variant, image_size),
+            variant,
+            MAX_BLOCKS,
+            num_blocks,
+            split,
+            image_size,
+            observe_pixels,
+            render_mode,
+            max_episode_steps=episode_length or self._task.episode_length,
+            action_space=spaces.Box(ACTION_LOW.astype(np.float32), ACTION_HIGH.astype(np.float32), dtype=np.float32),
+            state_dim=4,
+        )
         slots = range(MAX_BLOCKS)
         self._body_ids = np.array([self.model.body(f"block{slot}").id for slot in slots])
         self._geom_ids = [{shape: self.model.geom(f"block{slot}_{shape}").id for shape in SHAPES} for slot in slots]
@@ -115,20 +98,8 @@ class GripperEnv(gymnasium.Env):
         self._finger_ids = [self.model.geom(name).id for name in ("left", "right")]
         # Addresses in qpos: x, y, z and the two fingers come first, then a pose of seven numbers a block.
         self._poses = self.data.qpos[5:].reshape(MAX_BLOCKS, 7)
-        self._blocks: tuple[Block, ...] = ()
         self._plate_colours: tuple[str, ...] = ()
-        self._num_steps = self._num_good_steps = 0
-        self.instruction = ""
-
-    @property
-    def task(self) -> str:
-        """The family's name, by which evaluations group episodes."""
-        return self.family
-
-    @property
-    def task_description(self) -> str:
-        """The instruction of the present episode, which is what a policy is told."""
-        return self.instruction
+        self._num_good_steps = 0
 
     @property
     def robot_type(self) -> str:
@@ -189,18 +160,6 @@ class GripperEnv(gymnasium.Env):
         }
         truncated = not success and self._num_steps >= self._max_episode_steps
         return self._observation(), float(success), success, truncated, info
-
-    def render(self) -> np.ndarray:
-        """The camera's frame, (image_size, image_size, 3) uint8."""
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_camlight(self.model, self.data)
-        return shared_renderer(self.look, self.image_size).render(self.model, self.data)
-
-    def _observation(self) -> dict[str, np.ndarray]:
-        observation = {"agent_pos": self.agent_pos.astype(np.float32)}
-        if self.observe_pixels:
-            observation["pixels"] = self.render()
-        return observation
 
     def _touched(self) -> np.ndarray:
         """(MAX_BLOCKS, 2) bool: which finger touches which block."""
