@@ -178,12 +178,16 @@ def pretrain_jobs(config: RunConfig, arm: str, seed: int) -> list[Job]:
     target, source = ARMS[arm].target, ARMS[arm].labels
     if target is None:
         return []
+    folder = config.pretrain.output_dir
+    if source == "inverse" and Path(folder).is_relative_to(config.video_dir):
+        # The inverse model comes of this run's demonstrations, and so does what is pretrained on its labels.
+        folder = str(Path(config.run_dir) / Path(folder).relative_to(config.video_dir))
     pretrain = replace(
         config.pretrain,
         target=target,
         labels=labels_of(config.pretrain.labels or config.label.output_dir, source) if target == "latent" else None,
         action_labels=config.label_actions.output_dir if source == "inverse" else None,
-        output_dir=f"{config.pretrain.output_dir}/{arm}-seed{seed}",
+        output_dir=f"{folder}/{arm}-seed{seed}",
         training=replace(config.pretrain.training, seed=seed),
     )
     if source in ("true", "actions") and config.pretrain.action_data is None:

@@ -52,14 +52,16 @@ def run(config: ReportConfig) -> dict:
     run_dir = Path(config.run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"no run directory {run_dir}: expected the run_dir of `lapa run`")
+    options = read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}
+    video_dir = Path(options.get("video_dir", run_dir))
     outcomes, missing = read_outcomes(run_dir / "evaluate")
     points = {float(folder.name): read_outcomes(folder / "evaluate")[0] for folder in find_points(run_dir)}
     sections = [
         success_section(outcomes, missing, run_dir / "tables"),
         curve_section(points, config.curve, run_dir / "tables"),
         rollout_section(run_dir / "evaluate"),
-        quantizer_section(run_dir / "quantizer"),
-        curves_section(run_dir),
+        quantizer_section(video_dir / "quantizer"),
+        curves_section(run_dir, video_dir),
         provenance_section(run_dir),
     ]
     title = config.title or f"LAPA run: {run_dir.resolve().name}"
@@ -165,10 +167,11 @@ def interval_text(metrics: dict, name: str) -> str:
     return f"{number(metrics[f'{name}_low'])} to {number(metrics[f'{name}_high'])}"
 
 
-def curves_section(run_dir: Path) -> str:
+def curves_section(run_dir: Path, video_dir: Path) -> str:
+    pretrained = sorted({*video_dir.glob("pretrain/*/log.jsonl"), *run_dir.glob("pretrain/*/log.jsonl")})
     groups = {
-        "quantizer": {"quantizer": run_dir / "quantizer"},
-        "pretraining": {p.parent.name: p.parent for p in sorted(run_dir.glob("pretrain/*/log.jsonl"))},
+        "quantizer": {"quantizer": video_dir / "quantizer"},
+        "pretraining": {p.parent.name: p.parent for p in pretrained},
         "finetuning": {p.parent.name: p.parent for p in sorted(run_dir.glob("finetune/*/log.jsonl"))},
     }
     curves = {

@@ -1183,6 +1183,7 @@ class RunConfig:
     """`lapa run`: every stage, in order, in one run directory; the stages' own options are nested."""
 
     run_dir: str = MISSING
+    video_dir: str = MISSING  # of what comes of the videos alone: runs of the same videos and seeds may share it
     stages: list[str] = field(
         default_factory=lambda: [
             "demos",

@@ -53,10 +53,10 @@ PAPER = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/exper
         *(f"paper/{name}" for name in PAPER),
     ],
 )
-def test_experiments_compose_and_put_every_folder_into_the_run_directory(experiment):
+def test_experiments_compose_and_put_every_folder_where_they_are_told(experiment):
     # A sweep has a run directory a point, and shares what the points have in common beside them.
-    place = "report.run_dir" if "scaling" in experiment else "run_dir"
-    config = compose_run(f"experiment={experiment}", f"{place}=somewhere", "ingest.path=clips")
+    places = [f"{name}=somewhere" for name in ("report.run_dir" if "scaling" in experiment else "run_dir", "video_dir")]
+    config = compose_run(f"experiment={experiment}", *places, "ingest.path=clips")
     for stage in (config.videos, config.demos, config.train_quantizer, config.label, config.pretrain, config.finetune):
         assert stage.output_dir.startswith("somewhere/")
 
@@ -107,6 +107,17 @@ def test_every_arm_has_its_labels_and_no_other():
     assert {options.labels for options in pretrained.values() if options.labels} <= set(made)
     assert made["r/labels-actions"].action_data == actions and made["r/labels"].action_data is None
     assert made["r/inverse"].data == "r/demos/demos", "the inverse model learns from the demonstrations alone"
+
+
+def test_runs_of_the_same_videos_share_what_does_not_come_of_their_demonstrations():
+    shared, chains = jobs_of("video_dir=v")
+    made = {options.output_dir for _, options in shared}
+    assert {"v/videos", "v/quantizer", "v/labels", "r/demos", "r/inverse", "r/pseudo_actions"} <= made
+    folders = {name: dict(jobs)["pretrain"].output_dir for name, jobs in chains.items() if "pretrain" in dict(jobs)}
+    assert folders.pop("vpt-seed1") == "r/pretrain/vpt-seed1", "its labels come of the demonstrations"
+    assert folders.pop("lapa-seed1") == "v/pretrain/lapa-seed1"
+    assert all(folder.startswith("v/pretrain/") for folder in folders.values())
+    assert all(dict(jobs)["evaluate"].output_dir.startswith("r/evaluate/") for jobs in chains.values())
 
 
 def test_arms_that_are_not_run_need_no_labels():
