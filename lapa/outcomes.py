@@ -24,6 +24,7 @@ ARM_NAMES = {
     "lapa": "LAPA",
     "oracle": "oracle codes",
     "action_vla": "ActionVLA (upper bound)",
+    "act": "ACT (LeRobot)",
 }
 ALL_FAMILIES = "all families"
 

@@ -36,6 +36,7 @@ ARM_COLOURS = {
     "lapa": "#2f6fde",
     "oracle": "#4fb3bf",
     "action_vla": "#1f9d6b",
+    "act": "#b8860b",
 }
 QUANTIZER_IMAGES = {
     "reconstructions": "Held-out pairs: present frame, future frame, reconstruction from the latent action, errors.",
