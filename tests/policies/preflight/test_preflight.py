@@ -265,6 +265,16 @@ def overfit_training(num_steps: int) -> Training:
     return Training(num_steps=num_steps, batch_size=12, learning_rate=4e-3, warmup_steps=5, tensorboard=False)
 
 
+def test_a_policy_that_reads_its_last_action_is_told_the_recorded_one(good):
+    recording = read_recording(good)
+    reading = open_loop.Reading({CAMERA: (3, 32, 32), "action": (3,)}, {}, 4, 3)
+    seen = [(numbers, batch["action"]) for numbers, batch in open_loop.observations(recording, reading, 1)]
+    numbers, told = np.concatenate([n for n, _ in seen]), torch.cat([actions for _, actions in seen])
+    recorded = recording.actions[recording.rows(1)]
+    assert told.shape == (len(numbers), 1, 3) and numbers.tolist() == list(range(0, LENGTH, 4))
+    assert np.allclose(told[1:, 0], recorded[numbers[1:] - 1]), "and never the one that it shall predict"
+
+
 def test_a_fresh_policy_learns_one_good_episode_by_heart(good, policy, tmp_path):
     found = run(good, tmp_path, ["overfit"], policy=str(policy), training=overfit_training(150))
     assert [status for status, _ in found["overfit"]] == ["pass"], found
