@@ -32,7 +32,11 @@ def data(tmp_path_factory) -> Path:
     return folder / "demos"
 
 
-def test_lapa_finetune_and_lerobots_parts_train_the_same_policy(data, tmp_path, monkeypatch):
+FROM_THE_LAST_ACTION = {"use_state": True, "relative_actions": True, "relative_to": "last_action"}
+
+
+@pytest.mark.parametrize("options", [{}, FROM_THE_LAST_ACTION])
+def test_lapa_finetune_and_lerobots_parts_train_the_same_policy(data, tmp_path, monkeypatch, options):
     """The same start, data set and frames: the same batches, losses and, after some steps, weights.
 
     lerobot_train itself takes minutes to import on a small machine; this does what its loop does, with the same parts:
@@ -63,6 +67,7 @@ def test_lapa_finetune_and_lerobots_parts_train_the_same_policy(data, tmp_path, 
             image_size=32,
             random_shift_pixels=0,  # LeRobot shifts nothing
             chunk_size=3,
+            **options,
             training=Training(
                 num_steps=NUM_STEPS,
                 batch_size=BATCH_SIZE,
