@@ -33,7 +33,11 @@ Outcomes = dict[tuple[str, str], Arms]  # (split, family)
 
 
 def read_outcomes(folder: Path) -> tuple[Outcomes, list[str]]:
-    """Success of every split, family, arm, seed and episode; and what had to be left out, in words."""
+    """Success of every split, family, arm, seed and episode; and what had to be left out, in words.
+
+    Evaluations lie in <arm>-seed<k>/, or in <split>/<arm>-seed<k>/. A folder between that is no split's name is a
+    variant's: what is in mot/lapa-seed0 is the arm "mot-lapa".
+    """
     successes: dict = defaultdict(lambda: defaultdict(dict))
     crashed: dict[str, int] = defaultdict(int)
     for path in sorted([*folder.glob("*-seed*/episodes.jsonl"), *folder.glob("*/*-seed*/episodes.jsonl")]):
@@ -42,8 +46,11 @@ def read_outcomes(folder: Path) -> tuple[Outcomes, list[str]]:
             episode = json.loads(line)
             if episode.get("error"):
                 crashed[str(path.parent.relative_to(folder))] += 1
-            group = episode.get("split", "train"), episode["family"]
-            successes[group][arm].setdefault(int(seed), {})[episode["seed"]] = bool(episode["success"])
+            split = episode.get("split", "train")
+            variant = path.parent.parent.name if path.parent.parent not in (folder, folder / split) else ""
+            successes[split, episode["family"]][f"{variant}-{arm}" if variant else arm].setdefault(int(seed), {})[
+                episode["seed"]
+            ] = bool(episode["success"])
     missing = [f"{count} episodes of {name} crashed and count as failures." for name, count in crashed.items()]
     outcomes: Outcomes = {}
     for group, arms in successes.items():
@@ -108,15 +115,15 @@ def success_rows(outcomes: Outcomes) -> list[dict]:
     return rows
 
 
-def comparison_rows(outcomes: Outcomes) -> list[dict]:
-    """A row a split, family and pair of arms: differences to Scratch and of LAPA to the others, and gap closures.
+def comparison_rows(outcomes: Outcomes, baseline: str = "scratch") -> list[dict]:
+    """A row a split, family and pair of arms: differences to a baseline and of LAPA to the others, and gap closures.
 
     A gap closure without a value is one whose gap, ActionVLA - Scratch, is inside the noise.
     """
     rows = []
     for group, by_arm in with_pooled(outcomes).items():
-        pairs = [(arm, "scratch") for arm in by_arm if arm != "scratch" and "scratch" in by_arm]
-        pairs += [("lapa", arm) for arm in by_arm if arm not in ("lapa", "scratch") and "lapa" in by_arm]
+        pairs = [(arm, baseline) for arm in by_arm if arm != baseline and baseline in by_arm]
+        pairs += [("lapa", arm) for arm in by_arm if arm not in ("lapa", baseline) and "lapa" in by_arm]
         means = resampled_means(by_arm)
         for arm, other in pairs:
             rows.append(comparison(group, "difference", arm, other, difference(by_arm, arm, other, means)))

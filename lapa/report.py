@@ -58,7 +58,7 @@ def run(config: ReportConfig) -> dict:
     outcomes, missing = read_outcomes(run_dir / "evaluate")
     points = {float(folder.name): read_outcomes(folder / "evaluate")[0] for folder in find_points(run_dir)}
     sections = [
-        success_section(outcomes, missing, run_dir / "tables"),
+        success_section(outcomes, missing, run_dir / "tables", config.baseline),
         curve_section(points, config.curve, run_dir / "tables"),
         rollout_section(run_dir / "evaluate"),
         quantizer_section(video_dir / "quantizer"),
@@ -83,11 +83,11 @@ def find_points(run_dir: Path) -> list[Path]:
 # Sections
 
 
-def success_section(outcomes: Outcomes, missing: list[str], folder: Path) -> str:
+def success_section(outcomes: Outcomes, missing: list[str], folder: Path, baseline: str) -> str:
     """Write success and comparisons into `folder`, and show them."""
     if not outcomes:
         return ""
-    success, comparisons = tables.success_table(outcomes), tables.comparison_table(outcomes)
+    success, comparisons = tables.success_table(outcomes), tables.comparison_table(outcomes, baseline)
     picture = success_bars(with_pooled(outcomes))
     success.write(folder, "success", picture)
     comparisons.write(folder, "comparisons")

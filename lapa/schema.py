@@ -1175,6 +1175,7 @@ class ReportConfig:
     run_dir: str = MISSING
     output: str | None = None  # default: report.html in run_dir
     title: str | None = None
+    baseline: str = "scratch"  # the arm that the others are compared with
     curve: str = "point"  # what the numbers in points/<number> count: the curve's horizontal axis
 
 

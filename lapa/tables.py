@@ -57,9 +57,9 @@ def success_table(outcomes: Outcomes) -> Table:
     return Table(rows, header, text)
 
 
-def comparison_table(outcomes: Outcomes) -> Table:
+def comparison_table(outcomes: Outcomes, baseline: str = "scratch") -> Table:
     """Differences between arms in points, and gap closures."""
-    rows = comparison_rows(outcomes)
+    rows = comparison_rows(outcomes, baseline)
     names = names_of(rows)
     text = []
     for row in rows:

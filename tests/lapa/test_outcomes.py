@@ -61,6 +61,20 @@ def test_gap_closure_is_given_where_there_is_a_gap_and_left_empty_elsewhere(outc
     assert against_vpt["unseen"]["value"] == 0 and against_vpt["unseen"]["low"] <= 0 <= against_vpt["unseen"]["high"]
 
 
+def test_variants_of_an_arm_are_arms_of_their_own_and_any_may_be_the_baseline(tmp_path):
+    for variant, rate in {"dense": 0.4, "mot": 0.7}.items():
+        for seed in range(2):
+            write_evaluation(tmp_path / variant, "lapa", seed, {"reach": rate})
+    found, _ = read_outcomes(tmp_path)
+    assert {arm: array.mean() for arm, array in found["train", "reach"].items()} == {
+        "dense-lapa": pytest.approx(0.4),
+        "mot-lapa": pytest.approx(0.7),
+    }
+    assert comparison_rows(found) == []
+    (row,) = comparison_rows(found, baseline="dense-lapa")
+    assert (row["arm"], row["other"]) == ("mot-lapa", "dense-lapa") and row["value"] == pytest.approx(0.3)
+
+
 def test_headline_is_of_the_first_split(outcomes):
     numbers = headline(outcomes)
     assert numbers["success_lapa"] == pytest.approx(0.45) and numbers["gap_closure"] == pytest.approx(0.714, abs=1e-3)
