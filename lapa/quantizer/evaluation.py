@@ -151,11 +151,14 @@ def check_gate(metrics: dict[str, float], gate: QuantizerGate) -> dict:
             f"the prediction is nearer the first frame (error {metrics['error_to_present']:.5f}) than the second "
             f"({metrics['error_to_future']:.5f}): it hardly moves"
         )
-    if "latent_gain_r2" in metrics and metrics["latent_gain_r2_low"] <= 0:
+    # One held-out episode gives no interval: then the number itself has to do.
+    if "latent_gain_r2" in metrics and metrics.get("latent_gain_r2_low", metrics["latent_gain_r2"]) <= 0:
+        between = ""
+        if "latent_gain_r2_low" in metrics:
+            between = f" ({metrics['latent_gain_r2_low']:.2f} to {metrics['latent_gain_r2_high']:.2f})"
         reasons.append(
             f"the latent actions tell nothing of the true action that the first frame does not: beside it they add "
-            f"{metrics['latent_gain_r2']:.2f} ({metrics['latent_gain_r2_low']:.2f} to "
-            f"{metrics['latent_gain_r2_high']:.2f}) to an R2 of {max(0.0, metrics['present_frame_probe_r2']):.2f}"
+            f"{metrics['latent_gain_r2']:.2f}{between} to an R2 of {max(0.0, metrics['present_frame_probe_r2']):.2f}"
         )
     return {"passed": not reasons, "reasons": reasons}
 

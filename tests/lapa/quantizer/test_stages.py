@@ -255,6 +255,12 @@ def test_gate_passes_a_good_quantizer():
     assert check_gate(GOOD, QuantizerGate()) == {"passed": True, "reasons": []}
 
 
+@pytest.mark.parametrize(("gain", "passes"), [(0.2, True), (-0.1, False)])
+def test_gate_judges_one_held_out_episode_without_an_interval(gain, passes):
+    alone = {name: value for name, value in GOOD.items() if not name.endswith(("_low", "_high"))}
+    assert check_gate(alone | {"latent_gain_r2": gain}, QuantizerGate())["passed"] == passes
+
+
 def test_gate_asks_for_dimensions_where_there_are_no_codes():
     usage = ("perplexity", "perplexity_ratio", "perplexity_ceiling", "vocabulary_utilisation", "token_utilisation")
     continuous = {name: value for name, value in GOOD.items() if name not in usage} | {"num_dimensions": 8.0}
