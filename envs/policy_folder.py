@@ -33,7 +33,9 @@ def refuse_foreign_code(folder: Path) -> None:
 def refuse_missing_statistics(folder: Path, steps: list) -> None:
     """ValueError where a normaliser has no numbers for a feature: LeRobot passes it on as it is, without a word."""
     for step in steps:
-        for name, feature in getattr(step, "features", {}).items() if hasattr(step, "norm_map") else ():
+        if not hasattr(step, "norm_map"):  # neither a normaliser nor its inverse
+            continue
+        for name, feature in step.features.items():
             mode = step.norm_map.get(feature.type)
             if mode is not None and mode.value != "IDENTITY" and name not in (step.stats or {}):
                 raise ValueError(

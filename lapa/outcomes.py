@@ -47,10 +47,9 @@ def read_outcomes(folder: Path) -> tuple[Outcomes, list[str]]:
             if episode.get("error"):
                 crashed[str(path.parent.relative_to(folder))] += 1
             split = episode.get("split", "train")
-            variant = path.parent.parent.name if path.parent.parent not in (folder, folder / split) else ""
-            successes[split, episode["family"]][f"{variant}-{arm}" if variant else arm].setdefault(int(seed), {})[
-                episode["seed"]
-            ] = bool(episode["success"])
+            name = arm if path.parent.parent in (folder, folder / split) else f"{path.parent.parent.name}-{arm}"
+            by_seed = successes[split, episode["family"]][name]
+            by_seed.setdefault(int(seed), {})[episode["seed"]] = bool(episode["success"])
     missing = [f"{count} episodes of {name} crashed and count as failures." for name, count in crashed.items()]
     outcomes: Outcomes = {}
     for group, arms in successes.items():

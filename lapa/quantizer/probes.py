@@ -4,6 +4,7 @@ Shapes: B pairs, C colours, H and W pixels, N columns of codes, L code_length, D
 F features, R resamples.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,7 @@ class Probes:
     present_mlp: Predictor
     change: Predictor
     change_mlp: Predictor
-    present_and_latent: Predictor  # of both features side by side
+    present_and_latent: Callable[[np.ndarray, np.ndarray], np.ndarray]  # first frames and latents
 
 
 def fit_probes(train_pairs: FramePairs, train: LatentActions, is_discrete: bool, seed: int) -> Probes:
@@ -46,17 +47,16 @@ def fit_probes(train_pairs: FramePairs, train: LatentActions, is_discrete: bool,
     """
     actions = train_pairs.displacements(train.indices)
     features = [train.latents, *small_pixels(train_pairs, train.indices)]
+    reducers = [_unchanged, *(fit_principal_components(values) for values in features[1:])]
     fitted: list[Predictor] = []
-    for position, values in enumerate(features):
-        reduce = fit_principal_components(values) if position else _unchanged
+    for values, reduce in zip(features, reducers, strict=True):
         reduced = reduce(values)
         fitted.append(_chain(reduce, fit_linear_probe(reduced, actions)))
         fitted.append(_chain(reduce, fit_mlp_probe(reduced, actions, seed)))
     latent, latent_mlp, present, present_mlp, change, change_mlp = fitted
+    reduce_present = reducers[1]
+    both = fit_linear_probe(np.hstack([reduce_present(features[1]), train.latents]), actions)
     table = fit_code_table(train.codes, actions) if is_discrete else None
-    reduce = fit_principal_components(features[1])
-    both = fit_linear_probe(np.hstack([reduce(features[1]), train.latents]), actions)
-    num_pixels = features[1].shape[1]
     return Probes(
         latent,
         latent_mlp,
@@ -65,7 +65,7 @@ def fit_probes(train_pairs: FramePairs, train: LatentActions, is_discrete: bool,
         present_mlp,
         change,
         change_mlp,
-        present_and_latent=lambda values: both(np.hstack([reduce(values[:, :num_pixels]), values[:, num_pixels:]])),
+        present_and_latent=lambda present, latents: both(np.hstack([reduce_present(present), latents])),
     )
 
 
@@ -96,7 +96,7 @@ def probe_metrics(
         "present_frame_mlp_probe": probes.present_mlp(present),
         "pixel_difference_probe": probes.change(change),
         "pixel_difference_mlp_probe": probes.change_mlp(change),
-        "present_frame_and_latent_probe": probes.present_and_latent(np.hstack([present, held_out.latents])),
+        "present_frame_and_latent_probe": probes.present_and_latent(present, held_out.latents),
     }
     result: dict[str, float] = {}
     if probes.table is not None:
