@@ -48,12 +48,12 @@ STAGE_OF = {"finetune_unipi": "finetune"}
 class Arm:
     """What a policy has seen before the demonstrations.
 
-    target: what it is pretrained to predict (`PretrainConfig.target`); None: it is not pretrained.
-    labels: of target=latent, the source of `lapa label`; of target=action, `inverse` (pseudo actions) or `true`.
+    predict: what it is pretrained to predict (`PretrainConfig.predict`); None: it is not pretrained.
+    labels: of predict=latent, the source of `lapa label`; of predict=action, `inverse` (pseudo actions) or `true`.
     adds_pretraining: its finetuning takes as many samples as the pretraining of other arms, beside its own.
     """
 
-    target: str | None = None
+    predict: str | None = None
     labels: str | None = None
     adds_pretraining: bool = False
 
@@ -111,11 +111,11 @@ def shared_jobs(config: RunConfig) -> list[Job]:
     if config.videos.num_episodes:
         jobs.append(("demos", config.videos))
     jobs += [("demos", config.demos), ("train_quantizer", config.train_quantizer)]
-    for source in sorted({arm.labels or "" for arm in arms if arm.target == "latent"}):
+    for source in sorted({arm.labels or "" for arm in arms if arm.predict == "latent"}):
         actions = config.pretrain.action_data if source == "actions" else config.label.action_data
         folder = labels_of(config.label.output_dir, source)
         jobs.append(("label", replace(config.label, source=source, action_data=actions, output_dir=folder)))
-    is_vpt_in, is_unipi_in = any(arm.labels == "inverse" for arm in arms), any(arm.target == "frame" for arm in arms)
+    is_vpt_in, is_unipi_in = any(arm.labels == "inverse" for arm in arms), any(arm.predict == "frame" for arm in arms)
     if is_vpt_in or is_unipi_in:
         jobs.append(("train_inverse", config.train_inverse))
     if is_vpt_in:
@@ -145,7 +145,7 @@ def finetune_job(config: RunConfig, arm: str, seed: int, pretrained: str | None)
     """The arm's way from what it was pretrained to, to a policy."""
     output_dir = f"{config.finetune.output_dir}/{arm}-seed{seed}"
     training = replace(config.finetune.training, seed=seed)
-    if ARMS[arm].target == "frame":
+    if ARMS[arm].predict == "frame":
         if config.finetune.data is None or pretrained is None:
             raise ValueError(f"the {arm} arm finetunes on a single data set: set finetune.data, not finetune.mixture")
         return "finetune_unipi", replace(
@@ -175,8 +175,8 @@ def finetune_job(config: RunConfig, arm: str, seed: int, pretrained: str | None)
 
 def pretrain_jobs(config: RunConfig, arm: str, seed: int) -> list[Job]:
     """The arm's pretraining; none for an arm without."""
-    target, source = ARMS[arm].target, ARMS[arm].labels
-    if target is None:
+    predict, source = ARMS[arm].predict, ARMS[arm].labels
+    if predict is None:
         return []
     folder = config.pretrain.output_dir
     if source == "inverse" and Path(folder).is_relative_to(config.video_dir):
@@ -184,8 +184,8 @@ def pretrain_jobs(config: RunConfig, arm: str, seed: int) -> list[Job]:
         folder = str(Path(config.run_dir) / Path(folder).relative_to(config.video_dir))
     pretrain = replace(
         config.pretrain,
-        target=target,
-        labels=labels_of(config.pretrain.labels or config.label.output_dir, source) if target == "latent" else None,
+        predict=predict,
+        labels=labels_of(config.pretrain.labels or config.label.output_dir, source) if predict == "latent" else None,
         action_labels=config.label_actions.output_dir if source == "inverse" else None,
         output_dir=f"{folder}/{arm}-seed{seed}",
         training=replace(config.pretrain.training, seed=seed),

@@ -786,18 +786,18 @@ class PretrainConfig:
         default_factory=list
     )  # several data sets, in place of data and labels: docs/mixtures.md
     # latent | action (the upper bound, needs a data set with actions) | frame (what UniPi plans by)
-    target: str = "latent"
-    labels: str | None = None  # folder of `lapa label`; needed for target=latent
-    action_labels: str | None = None  # folder of `lapa label_actions`: target=action learns these (VPT)
+    predict: str = "latent"
+    labels: str | None = None  # folder of `lapa label`; needed for predict=latent
+    action_labels: str | None = None  # folder of `lapa label_actions`: predict=action learns these (VPT)
     action_data: str | None = None  # `lapa run` only: the same episodes with actions, for the arms that may see them
     backbone: Backbone = MISSING
     text: TextEncoder = MISSING
     image_size: int = 64
     image_tokenizer: str = "keypoints"  # keypoints (picked by the instruction) | grid (a token a patch)
     random_shift_pixels: int = 4  # augmentation, zero: off
-    chunk_size: int = 4  # actions predicted at once (target=action)
+    chunk_size: int = 4  # actions predicted at once (predict=action)
     future_frame: FutureFrame = field(default_factory=FutureFrame)
-    frame_gap_s: float = 0.3  # from the present frame to the planned one (target=frame)
+    frame_gap_s: float = 0.3  # from the present frame to the planned one (predict=frame)
     frame_gap_frames: int | None = None  # states it in frames, for clips whose clock is not real time
     # The same model, or one with a dense backbone that backbone=moma is upcycled from.
     init_from: str | None = None  # folder of `lapa pretrain` with the first weights; null: random ones
@@ -858,7 +858,7 @@ class FinetuneConfig:
 class FinetuneUnipiConfig:
     """`lapa finetune_unipi`: demonstrations finish a planner of frames; an inverse model acts on its plans (UniPi).
 
-    The planner comes from `lapa pretrain target=frame`, the inverse model from `lapa train_inverse` (arXiv 2302.00111).
+    The planner comes from `lapa pretrain predict=frame`, the inverse model from `lapa train_inverse` (arXiv 2302.00111).
     """
 
     output_dir: str = MISSING

@@ -31,7 +31,7 @@ def run(cfg: FinetuneUnipiConfig) -> dict:
     pretrained = load_config(cfg.pretrained, made_by="pretrain")
     if pretrained["target"] != "frame":
         raise ValueError(
-            f"{cfg.pretrained} was pretrained with target={pretrained['target']}: UniPi needs target=frame"
+            f"{cfg.pretrained} was pretrained with predict={pretrained['target']}: UniPi needs predict=frame"
         )
     inverse = load_config(cfg.inverse, made_by="train_inverse")
     size = pretrained["image_size"]

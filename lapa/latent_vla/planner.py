@@ -19,7 +19,7 @@ from lapa.text import PADDING_ID
 
 
 class FramePlanner(nn.Module):
-    """Trunk and denoiser: what `lapa pretrain target=frame` trains."""
+    """Trunk and denoiser: what `lapa pretrain predict=frame` trains."""
 
     def __init__(self, trunk: VisionLanguageTrunk, config: schema.FutureFrame):
         super().__init__()

@@ -1,9 +1,9 @@
 """Stage `pretrain`: the trunk learns to predict what happens next, as latent actions or as true actions.
 
-target=latent reads the labels of `lapa label` (arXiv 2410.11758). target=action reads the data set's own
+predict=latent reads the labels of `lapa label` (arXiv 2410.11758). predict=action reads the data set's own
 actions: ActionVLA, the upper bound of what the videos could teach; with action_labels those of an inverse model that
 knows the demonstrations alone: VPT (arXiv 2206.11795). With future_frame.weight the future frame is
-denoised too, in the same sequence (lapa/latent_vla/transfusion.py). target=frame denoises the future frame alone: the
+denoised too, in the same sequence (lapa/latent_vla/transfusion.py). predict=frame denoises the future frame alone: the
 planner of UniPi (lapa/latent_vla/planner.py).
 
 Writes config.json, model.safetensors, log.jsonl and metrics.json; of a model that denoises also
@@ -84,18 +84,18 @@ def run(cfg: PretrainConfig) -> dict:
     torch.manual_seed(cfg.training.seed)
     trunk = build_trunk(cfg.backbone, cfg.text, cfg.image_tokenizer, cfg.image_size)
     trunk.text_encoder.fit([store.instructions[episode] for episode in train_episodes], cfg.training.seed)
-    if cfg.target == "latent":
+    if cfg.predict == "latent":
         objective = latent_objective(cfg, mixture, trunk, in_training, compute.device)
-    elif cfg.target == "action":
+    elif cfg.predict == "action":
         if cfg.future_frame.weight:
-            raise ValueError("future_frame.weight needs target=latent: the frame follows latent action tokens")
+            raise ValueError("future_frame.weight needs predict=latent: the frame follows latent action tokens")
         if cfg.mixture and store.actions is None:
-            raise ValueError("target=action needs actions of one robot: not all of the mixture have them, or as many")
+            raise ValueError("predict=action needs actions of one robot: not all of the mixture have them, or as many")
         objective = action_objective(cfg, store, trunk, in_training, compute.device)
-    elif cfg.target == "frame":
+    elif cfg.predict == "frame":
         objective = frame_objective(cfg, store, trunk, compute.device)
     else:
-        raise ValueError(f"target is {cfg.target!r}, expected latent, action or frame")
+        raise ValueError(f"predict is {cfg.predict!r}, expected latent, action or frame")
     if cfg.init_from is not None:
         start_from(cfg.init_from, cfg, objective.model)
     train_frames = np.flatnonzero(in_training & objective.is_usable)
@@ -127,7 +127,7 @@ def run(cfg: PretrainConfig) -> dict:
         training,
         compute,
         output_dir,
-        description=f"pretrain on {cfg.target}s",
+        description=f"pretrain on {cfg.predict}s",
         evaluate=lambda: {f"held_out_{k}": v for k, v in held_out_numbers(held_out_frames[:NUM_CURVE_FRAMES]).items()},
         evaluate_every_steps=CURVE_EVERY_LOGS * training.log_every_steps,
     )
@@ -141,7 +141,7 @@ def run(cfg: PretrainConfig) -> dict:
     write_json(
         output_dir / "metrics.json",
         {
-            "target": cfg.target,
+            "target": cfg.predict,
             "num_train_frames": len(train_frames),
             "num_held_out_frames": len(held_out_frames),
             "num_instructions_cut": trunk.text_encoder.count_longer(store.instructions),
@@ -150,7 +150,7 @@ def run(cfg: PretrainConfig) -> dict:
         },
     )
     config = {
-        "target": cfg.target,
+        "target": cfg.predict,
         # As built: a model of transformers then needs its folder no more.
         "backbone": asdict(trunk.backbone.config),
         "text": asdict(cfg.text),
@@ -220,7 +220,7 @@ def latent_objective(
     for part, own_store in zip(mixture.parts, mixture.stores, strict=True):
         folder = part.labels if cfg.mixture else cfg.labels
         if folder is None:
-            raise ValueError(f"target=latent needs labels=<folder written by `lapa label`> of {part.path}")
+            raise ValueError(f"predict=latent needs labels=<folder written by `lapa label`> of {part.path}")
         of_parts.append(load_labels(folder, own_store))
         if not cfg.ignore_gate:
             require_gate(of_parts[-1].gate, folder)

@@ -33,6 +33,14 @@ def test_stage_help_names_every_option_of_the_schema(verb):
         assert f"  {field.name}" in text
 
 
+@pytest.mark.parametrize("verb", cli.STAGES)
+def test_no_plain_option_is_called_like_a_group(verb):
+    """Hydra takes `group=value` for a choice of the group, so such an option could not be set."""
+    for field in dataclasses.fields(getattr(schema, cli.STAGES[verb].config)):
+        if field.name in schema.GROUPS:
+            assert all(issubclass(choice, field.type) for choice in schema.GROUPS[field.name].values()), field.name
+
+
 def test_missing_option_is_named_with_the_fix():
     done = run("demos")
     assert done.returncode == 2

@@ -74,7 +74,7 @@ def test_arms_differ_in_their_pretraining_alone(monkeypatch, tmp_path):
         assert len(same) == 3 and same[0] == same[1] == same[2]
     evaluations = [replace(o, policy="", output_dir="") for verb, o in calls if verb == "evaluate"]
     assert all(options == evaluations[0] for options in evaluations), "the same initial states for every arm and seed"
-    targets = {o.output_dir: (o.target, o.data) for verb, o in calls if verb == "pretrain"}
+    targets = {o.output_dir: (o.predict, o.data) for verb, o in calls if verb == "pretrain"}
     assert targets["r/pretrain/lapa-seed1"] == ("latent", "r/videos/video")
     assert targets["r/pretrain/action_vla-seed1"] == ("action", "r/videos/demos")
     assert not any("scratch" in folder for folder in targets)
@@ -90,7 +90,7 @@ def test_every_arm_has_its_labels_and_no_other():
     assert set(chains) == {f"{arm}-seed1" for arm in pipeline.ARMS}
     pretrained = {name: dict(jobs)["pretrain"] for name, jobs in chains.items() if "pretrain" in dict(jobs)}
     seen = {
-        name.removesuffix("-seed1"): (options.target, options.labels, options.action_labels, options.data)
+        name.removesuffix("-seed1"): (options.predict, options.labels, options.action_labels, options.data)
         for name, options in pretrained.items()
     }
     video, actions = "r/videos/video", "r/videos/demos"

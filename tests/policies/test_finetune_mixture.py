@@ -127,7 +127,7 @@ def test_a_pretrained_head_goes_to_no_robot_of_several(tmp_path, demos):
     training = Training(num_steps=1, batch_size=8, tensorboard=False)
     pretrain.run(
         PretrainConfig(
-            output_dir=str(vla), data=str(demos[0]), target="action", holdout_fraction=0.25, training=training, **common
+            output_dir=str(vla), data=str(demos[0]), predict="action", holdout_fraction=0.25, training=training, **common
         )
     )
     finetune.run(config(tmp_path / "both", mixture=robots(demos), pretrained=str(vla)))
@@ -157,8 +157,8 @@ def test_pretraining_on_a_mixture_of_one_gives_the_weights_of_the_plain_run_and_
         run("both", mixture=parts, labels=labels[0])
     with pytest.raises(ValueError, match=r"needs labels=<folder written by `lapa label`> of .*arm"):
         run("none", mixture=[parts[0], replace(parts[1], labels=None)])
-    with pytest.raises(ValueError, match="target=action needs actions of one robot"):
-        run("actions", mixture=parts, target="action")
+    with pytest.raises(ValueError, match="predict=action needs actions of one robot"):
+        run("actions", mixture=parts, predict="action")
 
 
 def test_data_sets_of_one_robot_must_have_its_actions_and_state(tmp_path, demos):

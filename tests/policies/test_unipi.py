@@ -26,7 +26,7 @@ def parts(tmp_path_factory):
     """Demonstrations, a planner pretrained on them and an inverse model."""
     folder = tmp_path_factory.mktemp("unipi")
     demos = write_store(folder / "demos")
-    pretrain.run(pretrain_config(folder, demos, target="frame", num_steps=150, future_frame=FRAME, frame_gap_s=0.2))
+    pretrain.run(pretrain_config(folder, demos, predict="frame", num_steps=150, future_frame=FRAME, frame_gap_s=0.2))
     training = Training(num_steps=150, batch_size=16, learning_rate=5e-3, warmup_steps=10, tensorboard=False)
     train_inverse.run(
         TrainInverseConfig(
@@ -109,7 +109,7 @@ def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
     other.mkdir()
     saved = read_json(parts / "pretrained" / "config.json")
     write_json(other / "config.json", saved | {"target": "latent"})
-    with pytest.raises(ValueError, match="UniPi needs target=frame"):
+    with pytest.raises(ValueError, match="UniPi needs predict=frame"):
         finetune_unipi.run(config(parts, tmp_path / "policy", pretrained=str(other)))
     write_json(other / "config.json", saved | {"image_size": 32})
     with pytest.raises(ValueError, match="the planner sees 32 px, the inverse model"):

@@ -50,7 +50,7 @@ def test_the_same_observation_gives_the_same_plan_wherever_it_is_in_the_batch(gu
 
 def test_pretraining_learns_where_the_instruction_sends_the_square(tmp_path, toy_store):
     frame = FutureFrame(image_size=16, patch_size=4, num_sampling_steps=8, condition_dropout=0.0)
-    cfg = config(tmp_path, toy_store, target="frame", num_steps=200, future_frame=frame, frame_gap_s=0.2)
+    cfg = config(tmp_path, toy_store, predict="frame", num_steps=200, future_frame=frame, frame_gap_s=0.2)
     numbers = pretrain.run(cfg)
     assert numbers["future_frame_planned_psnr_db"] > numbers["future_frame_copy_psnr_db"]
     folder = tmp_path / "pretrained"

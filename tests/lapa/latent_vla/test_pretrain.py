@@ -17,12 +17,12 @@ from tests.lapa.latent_vla.conftest import write_labels, write_store
 BACKBONE = DenseBackbone(width=32, num_layers=1, num_heads=2)
 
 
-def config(tmp_path, store, labels=None, target="latent", num_steps=60, **changes) -> PretrainConfig:
+def config(tmp_path, store, labels=None, predict="latent", num_steps=60, **changes) -> PretrainConfig:
     return PretrainConfig(
         output_dir=str(tmp_path / "pretrained"),
         data=str(store),
         labels=str(labels) if labels else None,
-        target=target,
+        predict=predict,
         backbone=BACKBONE,
         text=WordText(),
         image_size=16,
@@ -83,12 +83,12 @@ def test_the_future_frame_is_the_quantizers_and_shifted_with_the_present_one(tmp
 
 
 def test_a_future_frame_without_codes_before_it_is_refused(tmp_path, toy_store):
-    with pytest.raises(ValueError, match=r"future_frame.weight needs target=latent"):
-        pretrain.run(config(tmp_path, toy_store, target="action", future_frame=FutureFrame(weight=5.0)))
+    with pytest.raises(ValueError, match=r"future_frame.weight needs predict=latent"):
+        pretrain.run(config(tmp_path, toy_store, predict="action", future_frame=FutureFrame(weight=5.0)))
 
 
 def test_action_pretraining_learns_and_saves_its_statistics(tmp_path, toy_store):
-    numbers = pretrain.run(config(tmp_path, toy_store, target="action", num_steps=150))
+    numbers = pretrain.run(config(tmp_path, toy_store, predict="action", num_steps=150))
     assert numbers["first_action_mse"] < 0.7 * numbers["marginal_first_action_mse"]
     assert numbers["first_action_cosine"] > 0.7
     saved = read_json(tmp_path / "pretrained" / "config.json")
@@ -104,7 +104,7 @@ def test_pseudo_actions_take_the_place_of_true_ones(tmp_path, toy_store):
     opposite = {"action": torch.from_numpy(-store.actions), "is_known": torch.from_numpy(is_known)}
     write_tensors(labels / "actions.safetensors", opposite)
     write_json(labels / "actions.json", {"store_fingerprint": store.fingerprint, "num_frames": store.num_frames})
-    pretrain.run(config(tmp_path, toy_store, target="action", num_steps=150, action_labels=str(labels)))
+    pretrain.run(config(tmp_path, toy_store, predict="action", num_steps=150, action_labels=str(labels)))
     saved = read_json(tmp_path / "pretrained" / "config.json")
     assert saved["action_mean"][1] == pytest.approx(-0.5)
     metrics = read_json(tmp_path / "pretrained" / "metrics.json")
@@ -159,10 +159,10 @@ def test_labels_of_other_data_are_refused(tmp_path, toy_store, toy_labels):
 def test_missing_inputs_are_named(tmp_path, toy_store):
     with pytest.raises(ValueError, match="needs labels="):
         pretrain.run(config(tmp_path, toy_store))
-    with pytest.raises(ValueError, match="target is 'pixels'"):
-        pretrain.run(config(tmp_path, toy_store, target="pixels"))
+    with pytest.raises(ValueError, match="predict is 'pixels'"):
+        pretrain.run(config(tmp_path, toy_store, predict="pixels"))
     video = write_store(tmp_path / "video")
     index = load_file(video / "index.safetensors")
     write_tensors(video / "index.safetensors", {"episode_offsets": index["episode_offsets"]})
     with pytest.raises(ValueError, match="has no actions"):
-        pretrain.run(config(tmp_path, video, target="action"))
+        pretrain.run(config(tmp_path, video, predict="action"))
