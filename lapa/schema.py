@@ -714,6 +714,7 @@ class WordText(TextEncoder):
 
     name: str = "words"
     max_words: int = 16  # of an instruction; the rest is cut off
+    num_layers: int = 1  # of attention before words are summed up for the image tokenizer; 0: a bag of words
 
 
 @dataclass
@@ -858,7 +859,8 @@ class FinetuneConfig:
 class FinetuneUnipiConfig:
     """`lapa finetune_unipi`: demonstrations finish a planner of frames; an inverse model acts on its plans (UniPi).
 
-    The planner comes from `lapa pretrain predict=frame`, the inverse model from `lapa train_inverse` (arXiv 2302.00111).
+    The planner comes from `lapa pretrain predict=frame`, the inverse model from `lapa train_inverse` (arXiv
+    2302.00111).
     """
 
     output_dir: str = MISSING

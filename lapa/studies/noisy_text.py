@@ -153,7 +153,7 @@ def encoders(study: NoisyTextStudy) -> dict[str, EncoderBuilder]:
         mean_patch_bytes=study.mean_patch_bytes,
         entropy_steps=study.entropy_steps,
     )
-    words = WordText(max_words=MAX_WORDS)
+    words = WordText(max_words=MAX_WORDS, num_layers=0)  # only its tokens are read
     configs: dict[str, TextEncoderConfig] = {
         "bytes": plain,
         "words": words,

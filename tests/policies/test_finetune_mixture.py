@@ -127,7 +127,12 @@ def test_a_pretrained_head_goes_to_no_robot_of_several(tmp_path, demos):
     training = Training(num_steps=1, batch_size=8, tensorboard=False)
     pretrain.run(
         PretrainConfig(
-            output_dir=str(vla), data=str(demos[0]), predict="action", holdout_fraction=0.25, training=training, **common
+            output_dir=str(vla),
+            data=str(demos[0]),
+            predict="action",
+            holdout_fraction=0.25,
+            training=training,
+            **common,
         )
     )
     finetune.run(config(tmp_path / "both", mixture=robots(demos), pretrained=str(vla)))
