@@ -35,17 +35,27 @@ def position_features(xy: Tensor) -> Tensor:
     return torch.cat([xy, angles.sin(), angles.cos()], dim=-1)
 
 
+def convolution(channels: int, is_separable: bool) -> nn.Module:
+    """3x3 convolution; separable: 3x3 in each channel alone, then 1x1 across them, at an eighth of the FLOPs.
+
+    Separable ones are those of MobileNets (Howard et al. 2017, arXiv 1704.04861).
+    """
+    if not is_separable:
+        return nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.Conv2d(channels, channels, 1))
+
+
 class FilmBlock(nn.Module):
     """A residual pair of 3x3 convolutions; the instruction scales and shifts the channels between them."""
 
-    def __init__(self, channels: int, instruction_width: int):
+    def __init__(self, channels: int, instruction_width: int, is_separable: bool = False):
         super().__init__()
         self.first_norm = nn.GroupNorm(8, channels)
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = convolution(channels, is_separable)
         self.second_norm = nn.GroupNorm(8, channels)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = convolution(channels, is_separable)
         self.scale_shift = nn.Linear(instruction_width, 2 * channels) if instruction_width else None
-        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_((self.second[-1] if is_separable else self.second).weight)
 
     def forward(self, x_BCHW: Tensor, instruction_BD: Tensor) -> Tensor:
         hidden_BCHW = self.second_norm(self.first(F.silu(self.first_norm(x_BCHW))))
@@ -66,7 +76,7 @@ class ConvolutionalStem(nn.Module):
             nn.SiLU(),
             nn.Conv2d(channels // 2, channels, 4, stride=2, padding=1),
         )
-        self.blocks = nn.ModuleList(FilmBlock(channels, instruction_width) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(FilmBlock(channels, instruction_width, True) for _ in range(num_blocks))
         self.norm = nn.GroupNorm(8, channels)
 
     def forward(self, images_BCHW: Tensor, instruction_BD: Tensor) -> Tensor:
