@@ -111,10 +111,16 @@ def shared_jobs(config: RunConfig) -> list[Job]:
     if config.videos.num_episodes:
         jobs.append(("demos", config.videos))
     jobs += [("demos", config.demos), ("train_quantizer", config.train_quantizer)]
-    for source in sorted({arm.labels or "" for arm in arms if arm.predict == "latent"}):
-        actions = config.pretrain.action_data if source == "actions" else config.label.action_data
-        folder = labels_of(config.label.output_dir, source)
-        jobs.append(("label", replace(config.label, source=source, action_data=actions, output_dir=folder)))
+    sources = {arm.labels or "" for arm in arms if arm.predict == "latent"}
+    if "shuffled" in sources:
+        sources.add("quantizer")
+    for source in sorted(sources):  # the quantizer's come before those that shuffle them
+        label = replace(config.label, source=source, output_dir=labels_of(config.label.output_dir, source))
+        if source == "actions":
+            label.action_data = config.pretrain.action_data
+        if source == "shuffled":
+            label.labels = config.label.output_dir
+        jobs.append(("label", label))
     is_vpt_in, is_unipi_in = any(arm.labels == "inverse" for arm in arms), any(arm.predict == "frame" for arm in arms)
     if is_vpt_in or is_unipi_in:
         jobs.append(("train_inverse", config.train_inverse))

@@ -573,6 +573,7 @@ class LabelConfig:
     data: str = MISSING
     output_dir: str = MISSING
     source: str = "quantizer"  # quantizer | shuffled | pixel_differences | actions
+    labels: str | None = None  # source=shuffled: the quantizer's own, if they are there; null: it is asked again
     action_data: str | None = None  # the same episodes with actions (source=actions)
     seed: int = 0  # of the shuffling and of k-means
     evaluation: str | None = None  # folder of `lapa evaluate_quantizer` with the gate; default: the quantizer's own

@@ -137,7 +137,13 @@ def quantizer_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tu
 
 def shuffled_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple[np.ndarray, int]:
     """The quantizer's codes, as often as it gave them, at pairs drawn at random: they say nothing of the picture."""
-    codes, size = quantizer_codes(cfg, pairs, compute)
+    if cfg.labels is None:
+        codes, size = quantizer_codes(cfg, pairs, compute)
+    else:
+        own = load_labels(cfg.labels, pairs.store)
+        if own.quantizer != load_config(cfg.quantizer, "train_quantizer"):
+            raise ValueError(f"the labels in {cfg.labels} are not of the quantizer in {cfg.quantizer}: name its own")
+        codes, size = own.latent_action[pairs.first_frames], own.codebook_size
     return codes[np.random.default_rng(cfg.seed).permutation(len(codes))], size
 
 

@@ -105,6 +105,7 @@ def test_every_arm_has_its_labels_and_no_other():
     }
     made = {options.output_dir: options for _, options in shared}
     assert {options.labels for options in pretrained.values() if options.labels} <= set(made)
+    assert made["r/labels-shuffled"].labels == "r/labels", "the quantizer is asked once"
     assert made["r/labels-actions"].action_data == actions and made["r/labels"].action_data is None
     assert made["r/inverse"].data == "r/demos/demos", "the inverse model learns from the demonstrations alone"
 

@@ -188,6 +188,8 @@ def test_shuffled_labels_are_as_frequent_and_belong_to_other_frames(labelled, mo
     rows = [sorted(map(tuple, labels.latent_action[labels.is_valid])) for labels in (own, shuffled)]
     assert rows[0] == rows[1]
     assert (shuffled.latent_action != own.latent_action).any(1)[own.is_valid].mean() > 0.5
+    of_labels = relabel(labelled, tmp_path / "of_labels", source="shuffled", labels=str(labelled[0]))
+    assert (of_labels.latent_action == shuffled.latent_action).all()
 
 
 def test_clusters_have_the_quantizers_vocabulary_and_oracle_codes_tell_the_displacement(
