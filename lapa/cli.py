@@ -60,6 +60,11 @@ STAGES = {
         "lapa.quantizer.label_actions",
         "LabelActionsConfig",
     ),
+    "ground": Stage(
+        "video with instructions -> image tokenizer that knows what an instruction is about",
+        "lapa.latent_vla.ground",
+        "GroundConfig",
+    ),
     "pretrain": Stage("labels -> latent vision-language-action model", "lapa.latent_vla.pretrain", "PretrainConfig"),
     "import_lapa": Stage(
         "the released LAPA-7B -> a Llama of transformers with a latent head",

@@ -17,6 +17,7 @@ from lapa.statistics import difference, gap_closure, interval, resampled_means, 
 ARM_NAMES = {
     "scratch": "Scratch",
     "scratch_long": "Scratch, longer",
+    "grounded": "grounding alone",
     "unipi": "UniPi",
     "vpt": "VPT",
     "shuffled": "LAPA, shuffled labels",

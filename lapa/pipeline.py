@@ -35,6 +35,7 @@ STAGES = [
     "label",
     "train_inverse",
     "label_actions",
+    "ground",
     "pretrain",
     "finetune",
     "evaluate",
@@ -50,11 +51,14 @@ class Arm:
 
     predict: what it is pretrained to predict (`PretrainConfig.predict`); None: it is not pretrained.
     labels: of predict=latent, the source of `lapa label`; of predict=action, `inverse` (pseudo actions) or `true`.
+    is_grounded: it is not pretrained and starts from what `lapa ground` learned; arms that are pretrained do where
+        `pretrain.grounding` says so, all alike.
     adds_pretraining: its finetuning takes as many samples as the pretraining of other arms, beside its own.
     """
 
     predict: str | None = None
     labels: str | None = None
+    is_grounded: bool = False
     adds_pretraining: bool = False
 
 
@@ -64,8 +68,9 @@ ARMS = {
     "vpt": Arm("action", "inverse"),
     "unipi": Arm("frame"),
     "action_vla": Arm("action", "true"),
-    # Controls: what is left of LAPA when its labels say nothing, or come without learning; more of Scratch; and the
-    # best that so many codes can say.
+    # Controls: what grounding brings without pretraining on top; what is left of LAPA when its labels say nothing, or
+    # come without learning; the best that so many codes can say; and more of Scratch.
+    "grounded": Arm(is_grounded=True),
     "shuffled": Arm("latent", "shuffled"),
     "pixel_kmeans": Arm("latent", "pixel_differences"),
     "oracle": Arm("latent", "actions"),
@@ -126,6 +131,12 @@ def shared_jobs(config: RunConfig) -> list[Job]:
         jobs.append(("train_inverse", config.train_inverse))
     if is_vpt_in:
         jobs.append(("label_actions", config.label_actions))
+    pretrain = config.pretrain
+    if any(arm.is_grounded for arm in arms) or (pretrain.grounding and any(arm.predict for arm in arms)):
+        ground = replace(
+            config.ground, text=pretrain.text, width=pretrain.backbone.width, image_size=pretrain.image_size
+        )
+        jobs.append(("ground", ground))
     return chosen(config, jobs)
 
 
@@ -174,6 +185,7 @@ def finetune_job(config: RunConfig, arm: str, seed: int, pretrained: str | None)
         image_size=config.pretrain.image_size,
         text=config.pretrain.text,
         pretrained=pretrained,
+        grounding=config.ground.output_dir if ARMS[arm].is_grounded else None,
         output_dir=output_dir,
         training=training,
     )

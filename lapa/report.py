@@ -29,6 +29,7 @@ from lapa.trainer import read_log
 ARM_COLOURS = {
     "scratch": "#8a8f98",
     "scratch_long": "#5b6472",
+    "grounded": "#6b8e23",
     "unipi": "#b5651d",
     "vpt": "#d99a1c",
     "shuffled": "#c9b8d8",

@@ -779,6 +779,27 @@ class HuggingFaceText(TextEncoder):
 
 
 @dataclass
+class GroundConfig:
+    """`lapa ground`: the image tokenizer learns from video what an instruction is about.
+
+    Every cell of a frame says whether it looks different in its clip's last frame. What is learned goes on to
+    `pretrain.grounding`, or with `finetune.grounding` straight to a policy.
+    """
+
+    output_dir: str = MISSING
+    data: str = MISSING
+    text: TextEncoder = MISSING
+    width: int = 128  # of the backbone that it is for
+    image_size: int = 64
+    full_change: float = 0.15  # mean absolute difference of a cell, of colours in [0, 1], that counts as changed
+    random_shift_pixels: int = 0  # augmentation, zero: off
+    holdout_fraction: float = 0.05
+    cache_dir: str | None = None
+    training: Training = field(default_factory=lambda: Training(num_steps=2000, batch_size=32, learning_rate=3e-3))
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass
 class PretrainConfig:
     """`lapa pretrain`: image and instruction to latent actions (or to actions: ActionVLA, VPT; to frames: UniPi)."""
 
@@ -801,6 +822,7 @@ class PretrainConfig:
     future_frame: FutureFrame = field(default_factory=FutureFrame)
     frame_gap_s: float = 0.3  # from the present frame to the planned one (predict=frame)
     frame_gap_frames: int | None = None  # states it in frames, for clips whose clock is not real time
+    grounding: str | None = None  # folder of `lapa ground`: text encoder and image tokenizer begin as they ended there
     # The same model, or one with a dense backbone that backbone=moma is upcycled from.
     init_from: str | None = None  # folder of `lapa pretrain` with the first weights; null: random ones
     ignore_gate: bool = False  # pretrain even on a quantizer that failed its gate
@@ -833,6 +855,7 @@ class FinetuneConfig:
     data: str | None = None
     mixture: list[MixturePart] = field(default_factory=list)  # several data sets, in place of data: docs/mixtures.md
     pretrained: str | None = None  # folder of `lapa pretrain`; null: Scratch, the same model from random weights
+    grounding: str | None = None  # folder of `lapa ground`, for a policy that is not pretrained
     # Backbone, text encoder, image tokenizer and size: only for Scratch; otherwise the pretrained folder says.
     backbone: Backbone = MISSING
     text: TextEncoder = MISSING
@@ -1195,13 +1218,14 @@ class RunConfig:
             "label",
             "train_inverse",
             "label_actions",
+            "ground",
             "pretrain",
             "finetune",
             "evaluate",
             "report",
         ]
     )
-    # scratch | lapa | vpt | unipi | action_vla | controls: shuffled, pixel_kmeans, oracle, scratch_long
+    # scratch | lapa | vpt | unipi | action_vla | controls: grounded, shuffled, pixel_kmeans, oracle, scratch_long
     arms: list[str] = field(default_factory=lambda: ["lapa", "scratch", "action_vla"])
     seeds: list[int] = field(default_factory=lambda: [0])
     evaluate_splits: list[str] = field(default_factory=list)  # evaluate each of these; empty: evaluate.split alone
@@ -1214,6 +1238,8 @@ class RunConfig:
     label: LabelConfig = field(default_factory=LabelConfig)
     train_inverse: TrainInverseConfig = field(default_factory=TrainInverseConfig)
     label_actions: LabelActionsConfig = field(default_factory=LabelActionsConfig)
+    # Made where pretrain.grounding or the arm grounded asks for it; text, width and image size are those of `pretrain`.
+    ground: GroundConfig = field(default_factory=GroundConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     # Of the arm unipi; data, steps and rates are those of `finetune`.

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lapa import distributed
 from lapa.checkpoint import MODEL_FILE, load_config, read_json, write_json
 from lapa.data import FrameStore, action_chunks, to_float
+from lapa.latent_vla.grounding import start_grounded
 from lapa.latent_vla.heads import BinnedActionHead, DenoisingActionHead
 from lapa.latent_vla.vision import random_shift
 from lapa.mixture import Mixture, concatenate, open_mixture
@@ -74,6 +75,8 @@ class Robot:
 
 def run(cfg: FinetuneConfig) -> dict:
     """Finetune and return the last training numbers; ValueError where data and pretrained folder do not fit."""
+    if cfg.pretrained and cfg.grounding:
+        raise ValueError("pretrained and grounding: a pretrained model keeps its own; set pretrain.grounding instead")
     compute = setup(cfg.runtime)
     pretrained = load_config(cfg.pretrained, made_by="pretrain") if cfg.pretrained else None
     image_size = pretrained["image_size"] if pretrained else cfg.image_size
@@ -101,6 +104,8 @@ def run(cfg: FinetuneConfig) -> dict:
         trunk.compile()
     output_dir = Path(cfg.output_dir)
     inherited = (["trunk."] if pretrained else []) + (["robots.0.action_head."] if robots[0].keeps_head else [])
+    if cfg.grounding is not None:
+        inherited = ["trunk.text_encoder.", "trunk.image_tokenizer.stem."]
     numbers = fit(
         model,
         make_batch,
@@ -195,6 +200,8 @@ def build_robot(
         keeps_head = load_pretrained(policy, Path(cfg.pretrained or ""), pretrained, with_head=is_alone)
         if keeps_head:
             mean, std = np.float32(pretrained["action_mean"]), np.float32(pretrained["action_std"])
+    elif not others and cfg.grounding is not None:
+        start_grounded(policy.model.trunk, cfg.grounding, cfg.text)
     elif not others:
         policy.model.trunk.text_encoder.fit(mixture.store.instructions, cfg.training.seed)
     statistics = {ACTION: {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}}

@@ -23,6 +23,7 @@ from lapa import distributed
 from lapa.backbones.upcycle import initial_state
 from lapa.checkpoint import save_model, write_json
 from lapa.data import FramePairs, FrameStore, action_chunks, frame_gap, to_float
+from lapa.latent_vla.grounding import start_grounded
 from lapa.latent_vla.heads import ChunkActionHead
 from lapa.latent_vla.model import (
     ActionModel,
@@ -83,7 +84,10 @@ def run(cfg: PretrainConfig) -> dict:
     in_training = np.isin(store.episode_of_frame(), train_episodes)
     torch.manual_seed(cfg.training.seed)
     trunk = build_trunk(cfg.backbone, cfg.text, cfg.image_tokenizer, cfg.image_size)
-    trunk.text_encoder.fit([store.instructions[episode] for episode in train_episodes], cfg.training.seed)
+    if cfg.grounding is not None:
+        start_grounded(trunk, cfg.grounding, cfg.text)
+    else:
+        trunk.text_encoder.fit([store.instructions[episode] for episode in train_episodes], cfg.training.seed)
     if cfg.predict == "latent":
         objective = latent_objective(cfg, mixture, trunk, in_training, compute.device)
     elif cfg.predict == "action":

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 FEATURE_STRIDE = 4
 NUM_KEYPOINTS = 16
 NUM_FREQUENCIES = 4
+SHARPNESS = 6.0  # standard deviation of a keypoint's weights at first, times the root of their number
+GROUNDED_GAIN = 2.0  # how much sharper a keypoint looks than the map of changes that it begins as
 
 
 def cell_centres(side: int) -> Tensor:
@@ -86,6 +88,22 @@ class ConvolutionalStem(nn.Module):
         return F.silu(self.norm(x_BCHW))
 
 
+class InstructedMaps(nn.Module):
+    """Logits (B, K, P) of K maps over the image: what each looks for, and what the instruction adds to that."""
+
+    def __init__(self, channels: int, width: int, num_maps: int):
+        super().__init__()
+        self.plain = nn.Conv2d(channels, num_maps, 1)
+        # Zero at first: a map that another instruction sends elsewhere at random learns nothing.
+        self.query = nn.Linear(width, num_maps * channels)
+        nn.init.zeros_(self.query.weight)
+        nn.init.zeros_(self.query.bias)
+
+    def forward(self, features_BCHW: Tensor, instruction_BD: Tensor) -> Tensor:
+        query_BKC = self.query(instruction_BD).unflatten(-1, (self.plain.out_channels, -1))
+        return self.plain(features_BCHW).flatten(2) + query_BKC @ features_BCHW.flatten(2)
+
+
 class KeypointTokenizer(nn.Module):
     """Tokens (B, 16, D): where each map of attention looks."""
 
@@ -94,9 +112,9 @@ class KeypointTokenizer(nn.Module):
         channels = width // 2
         self.image_size, self.num_tokens = image_size, NUM_KEYPOINTS
         self.stem = ConvolutionalStem(channels, num_blocks=2, instruction_width=width)
-        self.maps = nn.Conv2d(channels, NUM_KEYPOINTS, 1)
+        self.maps = InstructedMaps(channels, width, NUM_KEYPOINTS)
         # Sharp maps from the start: nearly uniform ones all look at the centre and learn nothing for long.
-        nn.init.normal_(self.maps.weight, std=6 * channels**-0.5)
+        nn.init.normal_(self.maps.plain.weight, std=SHARPNESS * channels**-0.5)
         self.register_buffer("xy_P2", cell_centres(image_size // FEATURE_STRIDE), persistent=False)
         self.position = nn.Linear(2, width)
         nn.init.normal_(self.position.weight)
@@ -106,8 +124,17 @@ class KeypointTokenizer(nn.Module):
         features_BCHW = self.stem(images_BCHW, instruction_BD)
         # Float32: bfloat16 would round positions to a tenth of a pixel and more.
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            weights_BIP = self.maps(features_BCHW.float()).flatten(2).softmax(-1)
+            weights_BIP = self.maps(features_BCHW.float(), instruction_BD.float()).softmax(-1)
             return self.position(weights_BIP @ self.xy_P2) + self.identity
+
+    @torch.no_grad()
+    def look_for(self, maps: InstructedMaps) -> None:
+        """Let half of the maps begin where another, trained one looks (`lapa ground`), each a little beside it."""
+        channels, half = self.maps.plain.in_channels, NUM_KEYPOINTS // 2
+        beside_KC11 = self.maps.plain.weight[:half] / SHARPNESS
+        self.maps.plain.weight[:half] = beside_KC11 + GROUNDED_GAIN * maps.plain.weight
+        self.maps.query.weight[: half * channels] = GROUNDED_GAIN * maps.query.weight.repeat(half, 1)
+        self.maps.query.bias[: half * channels] = GROUNDED_GAIN * maps.query.bias.repeat(half)
 
 
 class GridTokenizer(nn.Module):

@@ -123,7 +123,19 @@ def test_runs_of_the_same_videos_share_what_does_not_come_of_their_demonstration
 
 def test_arms_that_are_not_run_need_no_labels():
     shared, _ = jobs_of("arms=[scratch,lapa]")
-    assert [verb for verb, _ in shared] == ["demos", "demos", "train_quantizer", "label"]
+    assert [verb for verb, _ in shared] == ["demos", "demos", "train_quantizer", "label", "ground"]
+    shared, chains = jobs_of("arms=[scratch]")
+    assert "ground" not in dict(shared) and dict(chains["scratch-seed1"])["finetune"].grounding is None
+
+
+def test_all_pretrained_arms_are_grounded_alike_and_one_arm_is_nothing_else():
+    shared, chains = jobs_of("text@pretrain.text=bytes", "pretrain.backbone.width=64")
+    ground = dict(shared)["ground"]
+    assert (ground.text.name, ground.width, ground.data) == ("bytes", 64, "r/videos/video")
+    jobs = [dict(chain) for chain in chains.values()]
+    assert {job["pretrain"].grounding for job in jobs if "pretrain" in job} == {"r/grounding"}
+    policies = {name: dict(chain)["finetune"] for name, chain in chains.items() if "finetune" in dict(chain)}
+    assert [name for name, options in policies.items() if options.grounding] == ["grounded-seed1"]
 
 
 def test_baselines_have_the_same_demonstrations_and_steps():

@@ -1,0 +1,136 @@
+"""Stage `ground`: the image tokenizer and the text encoder learn from video what an instruction is about.
+
+Writes config.json, model.safetensors, log.jsonl, metrics.json and images/changes.png: frames, where they are expected
+to change, where they do.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lapa import distributed
+from lapa.checkpoint import save_model, write_json
+from lapa.latent_vla.grounding import GroundingModel, changes
+from lapa.latent_vla.pretrain import (
+    CURVE_EVERY_LOGS,
+    EVALUATION_BATCH,
+    MAX_EVALUATION_FRAMES,
+    NUM_CURVE_FRAMES,
+    NUM_PICTURED_FRAMES,
+    Inputs,
+)
+from lapa.latent_vla.vision import FEATURE_STRIDE
+from lapa.mixture import open_mixture
+from lapa.runtime import Compute, setup
+from lapa.schema import GroundConfig
+from lapa.trainer import finish, fit
+
+
+def run(cfg: GroundConfig) -> dict:
+    """Train and measure; returns the numbers of metrics.json."""
+    compute = setup(cfg.runtime)
+    if cfg.text.name == "huggingface":
+        raise ValueError("text=huggingface is part of its backbone, and comes grounded: leave `lapa ground` out")
+    if cfg.image_size % (2 * FEATURE_STRIDE):
+        raise ValueError(f"image_size is {cfg.image_size}, expected a multiple of {2 * FEATURE_STRIDE}")
+    mixture = open_mixture(cfg.data, [], cfg.image_size, cfg.cache_dir)
+    store, training, output_dir = mixture.store, cfg.training, Path(cfg.output_dir)
+    train_episodes, held_out_episodes = mixture.split(cfg.holdout_fraction, training.seed)
+    torch.manual_seed(training.seed)
+    model = GroundingModel(cfg.text, cfg.width)
+    model.text_encoder.fit([store.instructions[episode] for episode in train_episodes], training.seed)
+    of_frame = store.episode_of_frame()
+    last_N = np.asarray(store.episode_offsets)[1:][of_frame] - 1
+    train_frames, held_out_frames = (np.flatnonzero(np.isin(of_frame, e)) for e in (train_episodes, held_out_episodes))
+    held_out_frames = np.random.default_rng(0).permutation(held_out_frames)[:MAX_EVALUATION_FRAMES]
+    inputs = Inputs(store, model.text_encoder.encode_text(store.instructions), compute.device, last_N)
+
+    def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, np.ndarray]:
+        frames = train_frames[rng.integers(len(train_frames), size=training.batch_size)]
+        return inputs.read(
+            frames[distributed.shard(training.batch_size)], cfg.random_shift_pixels, distributed.own_generator(rng)
+        )
+
+    def loss(batch: tuple[Tensor, Tensor, np.ndarray]) -> tuple[Tensor, dict]:
+        images_B6HW, ids_BW, _ = batch
+        wanted_BP = changes(images_B6HW[:, :3], images_B6HW[:, 3:], cfg.full_change)
+        return F.binary_cross_entropy_with_logits(model(images_B6HW[:, :3], ids_BW).float(), wanted_BP), {}
+
+    fit(
+        model,
+        make_batch,
+        loss,
+        training,
+        compute,
+        output_dir,
+        description="ground",
+        evaluate=lambda: measure(model, inputs, held_out_frames[:NUM_CURVE_FRAMES], cfg.full_change, compute),
+        evaluate_every_steps=CURVE_EVERY_LOGS * training.log_every_steps,
+    )
+    if not distributed.is_main():
+        return {}
+    numbers = measure(model, inputs, held_out_frames, cfg.full_change, compute)
+    draw(model, inputs, held_out_frames[:NUM_PICTURED_FRAMES], cfg.full_change, compute, output_dir / "images")
+    write_json(
+        output_dir / "metrics.json",
+        {"num_train_frames": len(train_frames), "num_held_out_frames": len(held_out_frames), **numbers},
+    )
+    config = {"text": asdict(cfg.text), "width": cfg.width, "image_size": cfg.image_size}
+    save_model(output_dir, model.state_dict(), config)
+    finish(output_dir)
+    return numbers
+
+
+@torch.no_grad()
+def measure(
+    model: GroundingModel, inputs: Inputs, frames: np.ndarray, full_change: float, compute: Compute
+) -> dict[str, float]:
+    """Cross-entropy a cell in nats; the same with another frame's instruction; and its least, that of the targets.
+
+    The second minus the first is what the instruction tells.
+    """
+    sums = {"held_out_cross_entropy": 0.0, "held_out_with_other_instructions": 0.0, "held_out_least": 0.0}
+    for start in range(0, len(frames), EVALUATION_BATCH):
+        images_B6HW, ids_BW, _ = inputs.read(frames[start : start + EVALUATION_BATCH])
+        present_BCHW, wanted_BP = images_B6HW[:, :3], changes(images_B6HW[:, :3], images_B6HW[:, 3:], full_change)
+        with compute.autocast():
+            own_BP, other_BP = model(present_BCHW, ids_BW), model(present_BCHW, ids_BW.roll(1, 0))
+        least_BP = torch.special.entr(wanted_BP) + torch.special.entr(1 - wanted_BP)
+        sums["held_out_least"] += float(least_BP.mean(1).sum())
+        for name, logits_BP in zip(sums, (own_BP, other_BP), strict=False):
+            loss_BP = F.binary_cross_entropy_with_logits(logits_BP.float(), wanted_BP, reduction="none")
+            sums[name] += float(loss_BP.mean(1).sum())
+    return {name: value / len(frames) for name, value in sums.items()}
+
+
+@torch.no_grad()
+def draw(
+    model: GroundingModel, inputs: Inputs, frames: np.ndarray, full_change: float, compute: Compute, folder: Path
+) -> None:
+    """Write changes.png: a column a frame."""
+    from matplotlib.figure import Figure
+
+    images_B6HW, ids_BW, _ = inputs.read(frames)
+    with compute.autocast():
+        expected_BP = model(images_B6HW[:, :3], ids_BW).float().sigmoid()
+    side = images_B6HW.shape[-1] // FEATURE_STRIDE
+    true_BP = changes(images_B6HW[:, :3], images_B6HW[:, 3:], full_change)
+    maps = {"expected to change": expected_BP, "changes": true_BP}
+    figure = Figure(figsize=(2.2 * len(frames), 6.6))
+    axes = figure.subplots(3, len(frames), squeeze=False)
+    for column, frame in enumerate(frames):
+        axes[0, column].imshow(images_B6HW[column, :3].permute(1, 2, 0).cpu().numpy())
+        instruction = inputs.store.instructions[inputs.episode_of_frame[frame]]
+        axes[0, column].set_title(instruction, fontsize=7, wrap=True)
+        for row, (name, map_BP) in enumerate(maps.items(), start=1):
+            axes[row, column].imshow(map_BP[column].view(side, side).cpu().numpy(), vmin=0, vmax=1)
+            if column == 0:
+                axes[row, column].set_title(name, fontsize=7, loc="left")
+    for each in axes.flat:
+        each.axis("off")
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "changes.png", dpi=100, bbox_inches="tight")
