@@ -57,7 +57,9 @@ class FilmBlock(nn.Module):
         self.second_norm = nn.GroupNorm(8, channels)
         self.second = convolution(channels, is_separable)
         self.scale_shift = nn.Linear(instruction_width, 2 * channels) if instruction_width else None
-        nn.init.zeros_((self.second[-1] if is_separable else self.second).weight)
+        *_, last = self.second.modules()
+        assert isinstance(last, nn.Conv2d)
+        nn.init.zeros_(last.weight)
 
     def forward(self, x_BCHW: Tensor, instruction_BD: Tensor) -> Tensor:
         hidden_BCHW = self.second_norm(self.first(F.silu(self.first_norm(x_BCHW))))

@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 from lapa.checkpoint import read_json
 from lapa.data import read_store, to_float
-from lapa.latent_vla import pretrain
-from lapa.schema import FinetuneConfig, PretrainConfig, Runtime, Training, WordText
+from lapa.latent_vla import ground, pretrain
+from lapa.schema import FinetuneConfig, GroundConfig, PretrainConfig, Runtime, Training, WordText
 from policies import finetune
 from policies.lapa.modeling_lapa import LapaPolicy
 from tests.lapa.latent_vla.conftest import write_labels, write_store
@@ -32,7 +32,7 @@ def pretrained(tmp_path_factory, demos):
                 output_dir=str(folder / target),
                 data=str(demos),
                 labels=str(labels),
-                target=target,
+                predict=target,
                 backbone=BACKBONE,
                 text=WordText(),
                 image_size=16,
@@ -104,6 +104,22 @@ def test_a_policy_that_samples_its_chunks_acts_as_the_instruction_says(tmp_path,
     assert torch.equal(postprocessor(policy.select_action(batch)), action)
     chunks = [policy.predict_action_chunk(batch, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(chunks[0], chunks[1]) and not torch.equal(chunks[0], chunks[2])
+
+
+def test_a_policy_without_pretraining_may_start_grounded(tmp_path, demos, pretrained):
+    still = training(1)
+    still.learning_rate, still.weight_decay = 1e-12, 0.0
+    grounding = str(tmp_path / "grounding")
+    options = GroundConfig(
+        output_dir=grounding, data=str(demos), text=WordText(), width=32, image_size=16, training=training(2)
+    )
+    ground.run(options)
+    finetune.run(config(tmp_path, demos, grounding=grounding, training=still))
+    own, learned = trunk_of(tmp_path / "policy"), load_file(f"{grounding}/model.safetensors")
+    for name in ("text_encoder.embedding.weight", "image_tokenizer.stem.norm.weight"):
+        torch.testing.assert_close(own[f"trunk.{name}"], learned[name.removeprefix("image_tokenizer.")])
+    with pytest.raises(ValueError, match=r"set pretrain\.grounding instead"):
+        finetune.run(config(tmp_path, demos, grounding=grounding, pretrained=str(pretrained / "latent")))
 
 
 def test_the_pretrained_trunk_is_where_finetuning_starts(tmp_path, demos, pretrained):
