@@ -132,7 +132,8 @@ def shared_jobs(config: RunConfig) -> list[Job]:
     if is_vpt_in:
         jobs.append(("label_actions", config.label_actions))
     pretrain = config.pretrain
-    if any(arm.is_grounded for arm in arms) or (pretrain.grounding and any(arm.predict for arm in arms)):
+    is_pretrained_grounded = pretrain.grounding == config.ground.output_dir and any(arm.predict for arm in arms)
+    if is_pretrained_grounded or any(arm.is_grounded for arm in arms):
         ground = replace(
             config.ground, text=pretrain.text, width=pretrain.backbone.width, image_size=pretrain.image_size
         )

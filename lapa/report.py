@@ -63,6 +63,7 @@ def run(config: ReportConfig) -> dict:
         curve_section(points, config.curve, run_dir / "tables"),
         rollout_section(run_dir / "evaluate"),
         quantizer_section(video_dir / "quantizer"),
+        grounding_section(video_dir / "grounding"),
         curves_section(run_dir, video_dir),
         provenance_section(run_dir),
     ]
@@ -162,6 +163,24 @@ def quantizer_section(folder: Path) -> str:
     )
 
 
+def grounding_section(folder: Path) -> str:
+    picture = folder / "images" / "changes.png"
+    if not (folder / "metrics.json").is_file() or not picture.is_file():
+        return ""
+    names = {
+        "held_out_cross_entropy": "cross-entropy a cell, nats",
+        "held_out_with_other_instructions": "with another frame's instruction",
+        "held_out_least": "least possible",
+    }
+    metrics = read_json(folder / "metrics.json")
+    return (
+        "<h2>Grounding (held-out episodes)</h2><p>Where each instruction is expected to have changed the picture by the "
+        "end of the clip, learned without actions.</p>"
+        + table(["metric", "value"], [[text, number(metrics[name])] for name, text in names.items()])
+        + image(picture.read_bytes(), "frames, where they are expected to change, where they do")
+    )
+
+
 def interval_text(metrics: dict, name: str) -> str:
     """The interval that `lapa train_quantizer` wrote beside a metric, if it did."""
     if f"{name}_low" not in metrics:
@@ -173,6 +192,7 @@ def curves_section(run_dir: Path, video_dir: Path) -> str:
     pretrained = sorted({*video_dir.glob("pretrain/*/log.jsonl"), *run_dir.glob("pretrain/*/log.jsonl")})
     groups = {
         "quantizer": {"quantizer": video_dir / "quantizer"},
+        "grounding": {"grounding": video_dir / "grounding"},
         "pretraining": {p.parent.name: p.parent for p in pretrained},
         "finetuning": {p.parent.name: p.parent for p in sorted(run_dir.glob("finetune/*/log.jsonl"))},
     }

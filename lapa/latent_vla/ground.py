@@ -4,6 +4,7 @@ Writes config.json, model.safetensors, log.jsonl, metrics.json and images/change
 to change, where they do.
 """
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def draw(
     for column, frame in enumerate(frames):
         axes[0, column].imshow(images_B6HW[column, :3].permute(1, 2, 0).cpu().numpy())
         instruction = inputs.store.instructions[inputs.episode_of_frame[frame]]
-        axes[0, column].set_title(instruction, fontsize=7, wrap=True)
+        axes[0, column].set_title(textwrap.fill(instruction, 24), fontsize=7)
         for row, (name, map_BP) in enumerate(maps.items(), start=1):
             axes[row, column].imshow(map_BP[column].view(side, side).cpu().numpy(), vmin=0, vmax=1)
             if column == 0:

@@ -37,6 +37,20 @@ def test_page_is_self_contained_and_shows_the_rates_it_read(tmp_path):
     assert 0.4 < results["gap_closure"] < 1.0
 
 
+def test_the_grounding_is_shown_where_the_videos_are(tmp_path):
+    grounding = tmp_path / "videos" / "grounding"
+    (grounding / "images").mkdir(parents=True)
+    (grounding / "images" / "changes.png").write_bytes(b"\x89PNG the picture")
+    numbers = {"held_out_cross_entropy": 0.125, "held_out_with_other_instructions": 0.25, "held_out_least": 0.0625}
+    (grounding / "metrics.json").write_text(json.dumps(numbers))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"video_dir": str(tmp_path / "videos")}))
+    run(ReportConfig(run_dir=str(tmp_path / "run")))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert base64.b64encode(b"\x89PNG the picture").decode() in page
+    assert "0.125" in page and "0.25" in page and "0.0625" in page
+
+
 def test_tables_say_in_every_form_what_the_page_shows(tmp_path):
     write_run(tmp_path, {"scratch": 0.1, "vpt": 0.4, "lapa": 0.6, "action_vla": 0.8})
     results = run(ReportConfig(run_dir=str(tmp_path)))
