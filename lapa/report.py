@@ -174,8 +174,8 @@ def grounding_section(folder: Path) -> str:
     }
     metrics = read_json(folder / "metrics.json")
     return (
-        "<h2>Grounding (held-out episodes)</h2><p>Where each instruction is expected to have changed the picture by the "
-        "end of the clip, learned without actions.</p>"
+        "<h2>Grounding, on held-out episodes</h2><p>Where each instruction is expected to have changed the picture by "
+        "the end of the clip, learned without actions.</p>"
         + table(["metric", "value"], [[text, number(metrics[name])] for name, text in names.items()])
         + image(picture.read_bytes(), "frames, where they are expected to change, where they do")
     )
