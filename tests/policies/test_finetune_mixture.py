@@ -141,10 +141,12 @@ def test_a_pretrained_head_goes_to_no_robot_of_several(tmp_path, demos):
 
 
 def test_pretraining_on_a_mixture_of_one_gives_the_weights_of_the_plain_run_and_of_two_learns(tmp_path, demos):
-    labels = [str(write_labels(tmp_path / f"labels{i}", folder)) for i, folder in enumerate(demos)]
-    parts = [MixturePart(path=str(path), labels=own) for path, own in zip(demos, labels, strict=True)]
+    stores = [write_store(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second"))]
+    labels = [str(write_labels(tmp_path / f"labels{i}", folder)) for i, folder in enumerate(stores)]
+    parts = [MixturePart(path=str(path), labels=own) for path, own in zip(stores, labels, strict=True)]
     common = {"backbone": BACKBONE, "text": WordText(), "image_size": 16, "holdout_fraction": 0.25, "runtime": RUNTIME}
-    training = Training(num_steps=30, batch_size=16, learning_rate=4e-3, warmup_steps=5, tensorboard=False)
+    common["random_shift_pixels"] = 1
+    training = Training(num_steps=80, batch_size=16, learning_rate=3e-3, warmup_steps=5, tensorboard=False)
 
     def run(name: str, **changes) -> dict:
         return pretrain.run(
@@ -152,18 +154,18 @@ def test_pretraining_on_a_mixture_of_one_gives_the_weights_of_the_plain_run_and_
         )
 
     short = replace(training, num_steps=2)
-    run("plain", data=str(demos[0]), labels=labels[0], training=short)
+    run("plain", data=str(stores[0]), labels=labels[0], training=short)
     run("one", mixture=parts[:1], training=short)
     plain, one = (tmp_path / name / "model.safetensors" for name in ("plain", "one"))
     assert plain.read_bytes() == one.read_bytes()
-    assert run("two", mixture=parts)["token_cross_entropy"] < 1.0  # a guess has log(3)
-    assert read_json(tmp_path / "two" / "metrics.json")["num_train_frames"] == 2 * 6 * 4
+    assert run("two", mixture=parts)["token_0_accuracy"] > 0.9  # the token that the instruction decides
+    assert read_json(tmp_path / "two" / "metrics.json")["num_train_frames"] == 2 * 15 * 4
     with pytest.raises(ValueError, match=r"labels=.* beside a mixture: name them in it"):
         run("both", mixture=parts, labels=labels[0])
-    with pytest.raises(ValueError, match=r"needs labels=<folder written by `lapa label`> of .*arm"):
+    with pytest.raises(ValueError, match=r"needs labels=<folder written by `lapa label`> of .*second"):
         run("none", mixture=[parts[0], replace(parts[1], labels=None)])
     with pytest.raises(ValueError, match="predict=action needs actions of one robot"):
-        run("actions", mixture=parts, predict="action")
+        run("actions", mixture=[MixturePart(path=str(path)) for path in demos], predict="action")
 
 
 def test_data_sets_of_one_robot_must_have_its_actions_and_state(tmp_path, demos):

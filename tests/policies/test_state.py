@@ -66,7 +66,7 @@ def config(folder, demos, num_steps=2, **changes) -> FinetuneConfig:
 
 
 def test_a_finetuned_policy_acts_by_the_state_that_is_served_to_it(tmp_path, demos):
-    options = config(tmp_path, demos, num_steps=70)
+    options = config(tmp_path, demos, num_steps=150)
     options.training.learning_rate = 1e-2
     finetune.run(options)
     policy = ServedPolicy(tmp_path / "policy", torch.device("cpu"))

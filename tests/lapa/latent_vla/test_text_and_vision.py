@@ -32,7 +32,7 @@ def test_tokenizers_give_tokens_and_gradients(name, num_tokens):
     tokenizer = build_image_tokenizer(name, image_size=32, width=32)
     tokens = tokenizer(torch.rand(2, 3, 32, 32), torch.randn(2, 32))
     assert tokens.shape == (2, num_tokens, 32) and tokenizer.num_tokens == num_tokens
-    torch.nn.init.normal_(tokenizer.stem.blocks[0].second.weight)
+    torch.nn.init.normal_(tokenizer.stem.blocks[0].second[-1].weight)
     tokenizer(torch.rand(2, 3, 32, 32), torch.randn(2, 32)).square().sum().backward()
     assert all(p.grad is not None for p in tokenizer.parameters())
 
@@ -43,7 +43,7 @@ def test_keypoints_depend_on_the_instruction_and_the_grid_does_not():
         tokenizer = build_image_tokenizer(name, image_size=32, width=32)
         # A residual branch starts at zero, so that a new model ignores the instruction.
         for block in tokenizer.stem.blocks:
-            torch.nn.init.normal_(block.second.weight)
+            torch.nn.init.normal_(block.second[-1].weight)
         one, other = tokenizer(images, torch.randn(1, 32)), tokenizer(images, torch.randn(1, 32))
         assert torch.allclose(one, other) is not depends
 

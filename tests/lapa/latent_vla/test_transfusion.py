@@ -111,7 +111,7 @@ def test_every_weight_is_trained():
     model = new_model(frame_first_share=0.5, condition_dropout=0.5)
     # The convolutions of a residual branch begin at zero, and what is before them gets its gradient one step later.
     for name, weight in model.named_parameters():
-        if name.endswith("second.weight"):
+        if name.endswith(("second.weight", "second.1.weight")):
             torch.nn.init.normal_(weight, std=0.1)
     for seed in range(8):
         model.joint_loss(*batch(), seeded(seed))[0].backward()
