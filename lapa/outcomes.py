@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lapa.checkpoint import read_json
 from lapa.statistics import difference, gap_closure, interval, resampled_means, wilson_interval
 
 # In the order of tables and figures; an arm that is not listed keeps its own name and follows.
@@ -41,8 +42,13 @@ def read_outcomes(folder: Path) -> tuple[Outcomes, list[str]]:
     """
     successes: dict = defaultdict(lambda: defaultdict(dict))
     crashed: dict[str, int] = defaultdict(int)
+    missing = []
     for path in sorted([*folder.glob("*-seed*/episodes.jsonl"), *folder.glob("*/*-seed*/episodes.jsonl")]):
         arm, seed = path.parent.name.rsplit("-seed", 1)
+        record = path.with_name("stage.json")
+        if record.is_file() and read_json(record)["status"] != "complete":
+            missing.append(f"{path.parent.relative_to(folder)} is not complete and does not count yet.")
+            continue
         for line in path.read_text(encoding="utf-8").splitlines():
             episode = json.loads(line)
             if episode.get("error"):
@@ -51,7 +57,7 @@ def read_outcomes(folder: Path) -> tuple[Outcomes, list[str]]:
             name = arm if path.parent.parent in (folder, folder / split) else f"{path.parent.parent.name}-{arm}"
             by_seed = successes[split, episode["family"]][name]
             by_seed.setdefault(int(seed), {})[episode["seed"]] = bool(episode["success"])
-    missing = [f"{count} episodes of {name} crashed and count as failures." for name, count in crashed.items()]
+    missing += [f"{count} episodes of {name} crashed and count as failures." for name, count in crashed.items()]
     outcomes: Outcomes = {}
     for group, arms in successes.items():
         every_run = [episodes for seeds in arms.values() for episodes in seeds.values()]
@@ -84,9 +90,9 @@ def pool_families(outcomes: Outcomes) -> Outcomes:
 
 
 def with_pooled(outcomes: Outcomes) -> Outcomes:
-    """The families, and all of them together where a split has several."""
+    """All families together where a split has several, of every split, then each family."""
     several = {split for split, _ in outcomes if sum(of == split for of, _ in outcomes) > 1}
-    return outcomes | {group: arms for group, arms in pool_families(outcomes).items() if group[0] in several}
+    return {group: arms for group, arms in pool_families(outcomes).items() if group[0] in several} | outcomes
 
 
 def success_rows(outcomes: Outcomes) -> list[dict]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from lapa import tables
 from lapa.checkpoint import read_json
-from lapa.outcomes import ARM_NAMES, Outcomes, headline, in_order, read_outcomes, with_pooled
+from lapa.outcomes import ALL_FAMILIES, ARM_NAMES, Outcomes, headline, in_order, read_outcomes, with_pooled
 from lapa.schema import ReportConfig
 from lapa.statistics import wilson_interval
 from lapa.tables import percent
@@ -95,16 +95,26 @@ def success_section(outcomes: Outcomes, missing: list[str], folder: Path, baseli
     comparisons.write(folder, "comparisons")
     compared = ""
     if comparisons.rows:
-        compared = f"<h3>Differences and gap closures</h3>{table(comparisons.header, comparisons.text)}"
+        compared = f"<h3>Differences and gap closures</h3>{table_by_family(comparisons)}"
     notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
     return (
         "<h2>Success in MuJoCo</h2><p>All arms share the architecture, the demonstrations, the finetuning, the "
         "decoding and the initial states; they differ in what they were pretrained on.</p>"
         + image(picture, "success with 95% Wilson intervals")
-        + table(success.header, success.text)
+        + table_by_family(success)
         + compared
         + f"<ul>{notes}</ul>"
     )
+
+
+def table_by_family(of: tables.Table) -> str:
+    """The rows over all families to see at once, those of each family to unfold; all rows where no family is pooled."""
+    lines = list(zip(of.rows, of.text, strict=True))
+    pooled = [text for row, text in lines if row["family"] == ALL_FAMILIES]
+    single = [text for row, text in lines if row["family"] != ALL_FAMILIES]
+    if not pooled:
+        return table(of.header, single)
+    return table(of.header, pooled) + f"<details><summary>By family</summary>{table(of.header, single)}</details>"
 
 
 def curve_section(points: dict[float, Outcomes], axis: str, folder: Path) -> str:
@@ -248,32 +258,41 @@ def provenance_section(run_dir: Path) -> str:
 
 
 def success_bars(groups: Outcomes) -> bytes:
+    """Bars of every arm, families side by side, splits below each other."""
+    from matplotlib.figure import Figure
+
     arms = in_order({arm for by_arm in groups.values() for arm in by_arm})
-    figure, axes = new_figure(max(1.9, 0.42 * len(arms)) * len(groups) + 2.6, 3.4)
+    splits = list(dict.fromkeys(split for split, _ in groups))
+    families = list(dict.fromkeys(family for _, family in groups))
+    panel_width = max(1.3, 0.26 * len(arms))
+    figure = Figure(figsize=(panel_width * len(families) + 2.6, 2.8 * len(splits) + 0.3), layout="constrained")
     width = 0.8 / len(arms)
-    labelled = set()
-    for position, arm in enumerate(arms):
-        for group, by_arm in enumerate(groups.values()):
-            if arm not in by_arm:
-                continue
-            rate = by_arm[arm].mean()
-            low, high = wilson_interval(int(by_arm[arm].sum()), by_arm[arm].size)
-            x = group + (position - (len(arms) - 1) / 2) * width
-            axes.bar(
-                x,
-                rate,
-                width * 0.92,
-                color=ARM_COLOURS.get(arm, "#b8860b"),
-                label=None if arm in labelled else ARM_NAMES.get(arm, arm),
-                yerr=[[max(0.0, rate - low)], [max(0.0, high - rate)]],
-                error_kw={"capsize": 3, "lw": 1},
-            )
-            labelled.add(arm)
-            axes.text(x, min(1.0, high + 0.02), percent(rate), ha="center", va="bottom", fontsize=8 - len(arms) // 5)
-    axes.set_xticks(range(len(groups)), tables.group_names(list(groups)))
-    axes.set_ylim(0, 1.12)
-    axes.set_ylabel("success rate")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for axes, split in zip(np.atleast_1d(figure.subplots(len(splits), 1, sharex=True)), splits, strict=True):
+        labelled = set()
+        for position, arm in enumerate(arms):
+            for group, family in enumerate(families):
+                outcomes = groups.get((split, family), {}).get(arm)
+                if outcomes is None:
+                    continue
+                rate = outcomes.mean()
+                low, high = wilson_interval(int(outcomes.sum()), outcomes.size)
+                x = group + (position - (len(arms) - 1) / 2) * width
+                axes.bar(
+                    x,
+                    rate,
+                    width * 0.92,
+                    color=ARM_COLOURS.get(arm, "#b8860b"),
+                    label=None if arm in labelled else ARM_NAMES.get(arm, arm),
+                    yerr=[[max(0.0, rate - low)], [max(0.0, high - rate)]],
+                    error_kw={"capsize": 3, "lw": 1},
+                )
+                labelled.add(arm)
+                axes.text(x, min(1.0, high + 0.02), percent(rate), ha="center", va="bottom", fontsize=7)
+        axes.set_xticks(range(len(families)), [family.replace("_", " ") for family in families])
+        axes.set_ylim(0, 1.12)
+        axes.set_ylabel("success rate" if len(splits) == 1 else f"success rate, {split}")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return png(figure)
 
 

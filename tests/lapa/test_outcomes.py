@@ -84,3 +84,13 @@ def test_headline_is_of_the_first_split(outcomes):
 def test_one_arm_alone_has_success_and_no_comparison():
     alone = {("train", "reach"): {"lapa": np.ones((1, 5), bool)}}
     assert len(success_rows(alone)) == 1 and comparison_rows(alone) == []
+
+
+def test_an_evaluation_that_is_still_running_does_not_count_and_takes_no_episode_from_the_others(tmp_path):
+    for arm in ("scratch", "lapa"):
+        write_evaluation(tmp_path, arm, 0, {"reach": 0.5, "push": 0.5})
+    write_evaluation(tmp_path, "lapa", 1, {"reach": 0.5}, num_episodes=3)
+    (tmp_path / "lapa-seed1" / "stage.json").write_text(json.dumps({"status": "running"}))
+    outcomes, missing = read_outcomes(tmp_path)
+    assert missing == ["lapa-seed1 is not complete and does not count yet."]
+    assert pool_families(outcomes)["train", "all families"]["lapa"].shape == (1, 80)
