@@ -819,6 +819,8 @@ class PretrainConfig:
     image_tokenizer: str = "keypoints"  # keypoints (picked by the instruction) | grid (a token a patch)
     random_shift_pixels: int = 4  # augmentation, zero: off
     chunk_size: int = 4  # actions predicted at once (predict=action)
+    action_head: str = "chunk"  # chunk | bins (predict=action); a policy with the same head goes on with it
+    num_bins: int = 64
     future_frame: FutureFrame = field(default_factory=FutureFrame)
     frame_gap_s: float = 0.3  # from the present frame to the planned one (predict=frame)
     frame_gap_frames: int | None = None  # states it in frames, for clips whose clock is not real time

@@ -1,8 +1,8 @@
 """Stage `finetune`: a few demonstrations turn a pretrained trunk, or random weights, into a LeRobot policy.
 
-The latent head is dropped and an action head takes its place (arXiv 2410.11758). A trunk pretrained on true
-actions keeps its head and its action statistics where they fit: with action_head=chunk, at the same chunk size. Bins
-and denoising heads are made of other weights than the linear head of pretraining, and begin anew.
+The latent head is dropped and an action head takes its place (arXiv 2410.11758). A trunk pretrained on actions keeps
+its head and its action statistics where they fit: the same action_head and chunk size. A kept head of bins knows ranks:
+what the bins are is set anew by the demonstrations' quantiles. Denoising heads begin anew.
 
 A mixture of several embodiments trains one trunk, with action statistics, an action head and a layer for the state of
 each robot's own; every robot gets a policy folder, complete in itself, in output_dir/<embodiment>/.
@@ -229,7 +229,11 @@ def build_robot(
             is_pad = np.concatenate([begins[:, None], is_pad], axis=1)
     head = policy.model.action_head
     if isinstance(head, BinnedActionHead):
+        num_pretrained = head.num_bins_A.clone()
         head.fit_bins(targets)
+        if keeps_head and not torch.equal(head.num_bins_A, num_pretrained):
+            head.output.reset_parameters()  # with other numbers of bins, a bin is not the rank that was learned
+            keeps_head = False
     if isinstance(head, DenoisingActionHead):
         head.fit_limits(targets)
     return Robot(
@@ -288,14 +292,16 @@ def load_pretrained(policy: LapaPolicy, folder: Path, pretrained: dict, with_hea
     assert action_feature is not None
     if policy.relative_actions is not None:
         return False  # what was pretrained predicts positions
-    wanted = ("action", "chunk", policy.config.chunk_size, action_feature.shape[0])
-    offered = (
-        pretrained["target"],
-        policy.config.action_head,
-        pretrained.get("chunk_size"),
-        pretrained.get("action_dim"),
-    )
-    if wanted != offered or not with_head:
+    own = policy.config
+    wanted: dict = {
+        "chunk_size": own.chunk_size,
+        "action_head": own.action_head,
+        "action_dim": action_feature.shape[0],
+    }
+    if own.action_head == "bins":
+        wanted["num_bins"] = own.num_bins
+    offered = {"action_head": "chunk"} | pretrained  # a folder without the name is older than the choice
+    if pretrained["target"] != "action" or not with_head or any(offered.get(k) != v for k, v in wanted.items()):
         return False
     policy.model.action_head.load_state_dict(part("action_head"))
     return True

@@ -24,7 +24,7 @@ from lapa.backbones.upcycle import initial_state
 from lapa.checkpoint import save_model, write_json
 from lapa.data import FramePairs, FrameStore, action_chunks, frame_gap, to_float
 from lapa.latent_vla.grounding import start_grounded
-from lapa.latent_vla.heads import ChunkActionHead
+from lapa.latent_vla.heads import BinnedActionHead, DenoisingActionHead, build_action_head
 from lapa.latent_vla.model import (
     ActionModel,
     ContinuousLatentModel,
@@ -443,8 +443,13 @@ def action_objective(
     actions_NTA = torch.from_numpy(((chunks - mean) / std).astype(np.float32)).to(device)
     is_pad_NT = torch.from_numpy(is_pad).to(device)
     action_dim = chunks.shape[2]
-    model = ActionModel(trunk, ChunkActionHead(trunk.width, cfg.chunk_size, action_dim))
     spread = actions_NTA[torch.from_numpy(in_training & is_usable).to(device), 0]
+    head = build_action_head(cfg.action_head, trunk.width, cfg.chunk_size, action_dim, cfg.num_bins)
+    if isinstance(head, DenoisingActionHead):
+        raise ValueError(f"action_head is {cfg.action_head!r}, expected chunk or bins: pretraining samples no chunks")
+    if isinstance(head, BinnedActionHead):
+        head.fit_bins(spread)
+    model = ActionModel(trunk, head)
 
     def loss(images: Tensor, ids: Tensor, frames: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
         loss_B, numbers = model.loss(images, ids, actions_NTA[frames], is_pad_NT[frames])
@@ -452,10 +457,10 @@ def action_objective(
 
     def sums(images: Tensor, ids: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
         predicted_BTA, true_BTA = model.decode(images, ids), actions_NTA[frames]
-        loss_B, _ = model.loss(images, ids, true_BTA, is_pad_NT[frames])
+        _, numbers = model.loss(images, ids, true_BTA, is_pad_NT[frames])
         error_B = (predicted_BTA[:, 0] - true_BTA[:, 0]).square().mean(-1)
         return {
-            "action_l1": loss_B.sum(),
+            **{name: value * len(frames) for name, value in numbers.items()},
             "first_action_mse": error_B.sum(),
             "first_action_cosine": torch.cosine_similarity(predicted_BTA[:, 0], true_BTA[:, 0], dim=-1).sum(),
         }
@@ -468,6 +473,8 @@ def action_objective(
         baseline={"marginal_first_action_mse": float(spread.var(0, correction=0).mean())},
         config={
             "chunk_size": cfg.chunk_size,
+            "action_head": cfg.action_head,
+            "num_bins": cfg.num_bins,
             "action_dim": action_dim,
             "action_mean": mean.tolist(),
             "action_std": std.tolist(),

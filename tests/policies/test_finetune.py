@@ -4,7 +4,7 @@ import torch
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file
 
-from lapa.checkpoint import read_json
+from lapa.checkpoint import read_json, write_tensors
 from lapa.data import read_store, to_float
 from lapa.latent_vla import ground, pretrain
 from lapa.schema import FinetuneConfig, GroundConfig, PretrainConfig, Runtime, Training, WordText
@@ -23,13 +23,17 @@ def demos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory, demos):
-    """Folders of a trunk pretrained on latent and on true actions."""
+    """Folders of a trunk pretrained on latent actions, on true ones, and on true ones in bins."""
     folder = tmp_path_factory.mktemp("pretrained")
     labels = write_labels(folder / "labels", demos)
-    for target in ("latent", "action"):
+    for name, target, head in (
+        ("latent", "latent", "chunk"),
+        ("action", "action", "chunk"),
+        ("bins", "action", "bins"),
+    ):
         pretrain.run(
             PretrainConfig(
-                output_dir=str(folder / target),
+                output_dir=str(folder / name),
                 data=str(demos),
                 labels=str(labels),
                 predict=target,
@@ -37,6 +41,8 @@ def pretrained(tmp_path_factory, demos):
                 text=WordText(),
                 image_size=16,
                 chunk_size=3,
+                action_head=head,
+                num_bins=8,
                 holdout_fraction=0.2,
                 training=training(2),
                 runtime=RUNTIME,
@@ -140,10 +146,31 @@ def test_a_trunk_pretrained_on_actions_keeps_head_and_statistics(tmp_path, demos
     assert np.allclose(load_file(statistics)["action.mean"], saved["action_mean"])
 
 
+def test_a_pretrained_head_of_bins_goes_on_as_ranks_among_the_demonstrations(tmp_path, demos, pretrained):
+    """Demonstrations that move twice as far: the head is kept, the bins' edges are theirs."""
+    far = write_store(tmp_path / "far")
+    index = load_file(far / "index.safetensors")
+    write_tensors(far / "index.safetensors", index | {"action": 2 * index["action"]})
+    still = training(1)
+    still.learning_rate, still.weight_decay = 1e-12, 0.0
+    options = config(tmp_path, far, pretrained=str(pretrained / "bins"), action_head="bins", training=still)
+    finetune.run(options)
+    assert read_json(tmp_path / "policy" / "metrics.json")["kept_action_head"] is True
+    before, after = load_file(pretrained / "bins/model.safetensors"), load_file(tmp_path / "policy/model.safetensors")
+    torch.testing.assert_close(after["model.action_head.output.weight"], before["action_head.output.weight"])
+    widths = [
+        edges[:, -1] - edges[:, 0] for edges in (before["action_head.edges_AN"], after["model.action_head.edges_AN"])
+    ]
+    torch.testing.assert_close(widths[1], 2 * widths[0], rtol=0.1, atol=0.0)
+
+
 def test_another_head_or_chunk_size_than_the_pretrained_one_starts_anew(tmp_path, demos, pretrained):
-    for number, changes in enumerate(({"action_head": "bins"}, {"chunk_size": 2})):
+    bins = {"action_head": "bins"}
+    for number, (name, changes) in enumerate(
+        (("action", bins), ("bins", {}), ("action", {"chunk_size": 2}), ("bins", bins | {"num_bins": 4}))
+    ):
         folder = tmp_path / str(number)
-        finetune.run(config(folder, demos, pretrained=str(pretrained / "action"), **changes))
+        finetune.run(config(folder, demos, pretrained=str(pretrained / name), **changes))
         assert read_json(folder / "policy" / "metrics.json")["kept_action_head"] is False
 
 

@@ -87,12 +87,23 @@ def test_a_future_frame_without_codes_before_it_is_refused(tmp_path, toy_store):
         pretrain.run(config(tmp_path, toy_store, predict="action", future_frame=FutureFrame(weight=5.0)))
 
 
-def test_action_pretraining_learns_and_saves_its_statistics(tmp_path, toy_store):
-    numbers = pretrain.run(config(tmp_path, toy_store, predict="action", num_steps=150))
-    assert numbers["first_action_mse"] < 0.7 * numbers["marginal_first_action_mse"]
-    assert numbers["first_action_cosine"] > 0.7
+@pytest.mark.parametrize("action_head", ["chunk", "bins"])
+def test_action_pretraining_learns_and_saves_its_statistics(tmp_path, toy_store, action_head):
+    numbers = pretrain.run(
+        config(tmp_path, toy_store, predict="action", num_steps=150, action_head=action_head, num_bins=8)
+    )
+    if action_head == "bins":  # midpoints of the toy's two wide bins are near none of its actions
+        assert numbers["bin_cross_entropy"] < 0.2  # of one dimension .69 without a picture, of the other 0
+    else:
+        assert numbers["first_action_mse"] < 0.7 * numbers["marginal_first_action_mse"]
+        assert numbers["first_action_cosine"] > 0.7
     saved = read_json(tmp_path / "pretrained" / "config.json")
     assert saved["action_std"][0] == pytest.approx(0.91, abs=0.03) and saved["chunk_size"] == 3
+
+
+def test_pretraining_has_no_head_that_samples(tmp_path, toy_store):
+    with pytest.raises(ValueError, match=r"action_head is 'flow', expected chunk or bins"):
+        pretrain.run(config(tmp_path, toy_store, predict="action", action_head="flow"))
 
 
 def test_pseudo_actions_take_the_place_of_true_ones(tmp_path, toy_store):
