@@ -213,8 +213,6 @@ def pretrain_jobs(config: RunConfig, arm: str, seed: int) -> list[Job]:
         raise ValueError(f"the {arm} arm needs pretrain.action_data=<the same episodes with actions>")
     if source == "true":
         pretrain = replace(pretrain, data=config.pretrain.action_data)
-    if predict == "action" and config.finetune.action_head == "bins":  # heads that sample begin anew in finetuning
-        pretrain = replace(pretrain, action_head="bins", num_bins=config.finetune.num_bins)
     return [("pretrain", pretrain)]
 
 
