@@ -348,16 +348,6 @@ def loss_curves(curves: dict[str, dict[str, list[tuple[int, float]]]]) -> bytes:
     return png(figure)
 
 
-def new_figure(width: float, height: float):
-    # Figure without pyplot: no global state, no display.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
