@@ -811,6 +811,7 @@ class PretrainConfig:
     # latent | action (the upper bound, needs a data set with actions) | frame (what UniPi plans by)
     predict: str = "latent"
     labels: str | None = None  # folder of `lapa label`; needed for predict=latent
+    latent_chunk_size: int = 1  # latent actions predicted at once, each a frame gap later (predict=latent, of codes)
     action_labels: str | None = None  # folder of `lapa label_actions`: predict=action learns these (VPT)
     action_data: str | None = None  # `lapa run` only: the same episodes with actions, for the arms that may see them
     backbone: Backbone = MISSING

@@ -11,19 +11,24 @@ from torch import Tensor, nn
 from lapa.latent_vla.diffusion import TimeEmbedding, build_noise_process
 from lapa.schema import FinetuneConfig
 
+UNKNOWN = -1  # in place of a code
+
 
 class LatentHead(nn.Module):
     """Latent action tokens in order, each from the ones before it (arXiv 2410.11758).
 
     Beside the chain, all tokens are predicted at once from the readout token alone. The chain asks the
     readout only about the first token; what an action head inherits should know the whole latent action.
+
+    Args:
+        chunk_size: latent actions that the readout tells at once, each a frame gap after the one before.
     """
 
-    def __init__(self, width: int, num_codes: int, codebook_size: int):
+    def __init__(self, width: int, num_codes: int, codebook_size: int, chunk_size: int = 1):
         super().__init__()
-        self.num_codes, self.codebook_size = num_codes, codebook_size
+        self.num_codes, self.codebook_size, self.chunk_size = num_codes, codebook_size, chunk_size
         self.code_embedding = nn.Parameter(torch.randn(num_codes - 1, codebook_size, width) * width**-0.5)
-        self.at_once = nn.Linear(width, num_codes * codebook_size)
+        self.at_once = nn.Linear(width, chunk_size * num_codes * codebook_size)
         self.in_order = nn.Parameter(torch.randn(num_codes, width, codebook_size) * width**-0.5)
 
     def tokens(self, readout_D: Tensor, latent_BL: Tensor) -> Tensor:
@@ -36,18 +41,26 @@ class LatentHead(nn.Module):
         """(B, l, K) for the tokens that follow hidden states (B, l, D)."""
         return torch.einsum("bld,ldk->blk", hidden_BLD, self.in_order[: hidden_BLD.shape[1]])
 
-    def loss(self, hidden_BLD: Tensor, latent_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy in nats a token, of the chain and of the readout, added."""
-        logits_BLK = self.logits(hidden_BLD).float()
+    def loss(self, hidden_BLD: Tensor, latent_BTL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy in nats a token, of the chain and of the readout, added.
+
+        Args:
+            latent_BTL: the chunk's latent actions, UNKNOWN where the episode has ended; the first is always known.
+        """
+        logits_BLK, latent_BL = self.logits(hidden_BLD).float(), latent_BTL[:, 0]
         chain = F.cross_entropy(logits_BLK.flatten(0, 1), latent_BL.flatten())
-        at_once_BLK = self.at_once(hidden_BLD[:, 0]).float().unflatten(-1, (self.num_codes, self.codebook_size))
-        at_once = F.cross_entropy(at_once_BLK.flatten(0, 1), latent_BL.flatten())
+        at_once = self.readout_cross_entropy(hidden_BLD[:, 0], latent_BTL).sum() / (latent_BTL != UNKNOWN).sum()
         accuracy = (logits_BLK.argmax(-1) == latent_BL).float().mean()
         return chain + at_once, {
             "token_cross_entropy": chain.detach(),
             "readout_cross_entropy": at_once.detach(),
             "token_accuracy": accuracy.detach(),
         }
+
+    def readout_cross_entropy(self, hidden_BD: Tensor, latent_BTL: Tensor) -> Tensor:
+        """Cross-entropy (B, T, L) of the chunk's tokens from the readout's hidden state, zero where UNKNOWN."""
+        logits_BTLK = self.at_once(hidden_BD).float().unflatten(-1, (*latent_BTL.shape[1:], self.codebook_size))
+        return F.cross_entropy(logits_BTLK.movedim(-1, 1), latent_BTL, ignore_index=UNKNOWN, reduction="none")
 
 
 class ContinuousLatentHead(nn.Module):

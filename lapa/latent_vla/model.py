@@ -137,19 +137,20 @@ def with_auxiliary(loss: Tensor, numbers: dict[str, Tensor], trunk: VisionLangua
 class LatentActionModel(nn.Module):
     """Trunk and latent head: what `lapa pretrain` trains on labels that are codes."""
 
-    def __init__(self, trunk: VisionLanguageTrunk, num_codes: int, codebook_size: int):
+    def __init__(self, trunk: VisionLanguageTrunk, num_codes: int, codebook_size: int, chunk_size: int = 1):
         super().__init__()
         self.trunk = trunk
-        self.latent_head = LatentHead(trunk.width, num_codes, codebook_size)
+        self.latent_head = LatentHead(trunk.width, num_codes, codebook_size, chunk_size)
 
     def hidden(self, images_BCHW: Tensor, ids_BW: Tensor, known_BL: Tensor) -> Tensor:
         """Hidden states (B, l + 1, D) after the l latent tokens known so far."""
         tokens_BLD = self.latent_head.tokens(self.trunk.readout, known_BL)
         return self.trunk(images_BCHW, ids_BW, tokens_BLD, LATENT_ACTION)
 
-    def loss(self, images_BCHW: Tensor, ids_BW: Tensor, latent_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and numbers to log, for latent actions (B, L) int64."""
-        loss, numbers = self.latent_head.loss(self.hidden(images_BCHW, ids_BW, latent_BL[:, :-1]), latent_BL)
+    def loss(self, images_BCHW: Tensor, ids_BW: Tensor, latent_BTL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and numbers to log, for chunks of latent actions (B, T, L) int64, as `LatentHead.loss`."""
+        hidden_BLD = self.hidden(images_BCHW, ids_BW, latent_BTL[:, 0, :-1])
+        loss, numbers = self.latent_head.loss(hidden_BLD, latent_BTL)
         return with_auxiliary(loss, numbers, self.trunk)
 
     @torch.no_grad()

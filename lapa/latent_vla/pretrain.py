@@ -24,7 +24,7 @@ from lapa.backbones.upcycle import initial_state
 from lapa.checkpoint import save_model, write_json
 from lapa.data import FramePairs, FrameStore, action_chunks, frame_gap, to_float
 from lapa.latent_vla.grounding import start_grounded
-from lapa.latent_vla.heads import BinnedActionHead, DenoisingActionHead, build_action_head
+from lapa.latent_vla.heads import UNKNOWN, BinnedActionHead, DenoisingActionHead, build_action_head
 from lapa.latent_vla.model import (
     ActionModel,
     ContinuousLatentModel,
@@ -230,60 +230,22 @@ def latent_objective(
             require_gate(of_parts[-1].gate, folder)
     labels = join_labels(of_parts)
     if labels.is_discrete:
-        objective = code_objective(labels, cfg.future_frame, trunk, in_training, device)
-        return with_future_frame(objective, labels, store, device) if cfg.future_frame.weight else objective
+        future_N = frames_ahead(labels, store)
+        latent_NTL = torch.from_numpy(latent_chunks(labels, future_N, cfg.latent_chunk_size)).to(device)
+        objective = code_objective(labels, latent_NTL, cfg.future_frame, trunk, in_training)
+        return with_future_frame(objective, latent_NTL, future_N) if cfg.future_frame.weight else objective
     if cfg.future_frame.weight:
         raise ValueError("future_frame.weight needs labels that are codes: label with a discrete codebook, or set it 0")
+    if cfg.latent_chunk_size != 1:
+        raise ValueError(
+            f"latent_chunk_size is {cfg.latent_chunk_size}, and the labels are numbers: chunks are of codes; label with "
+            "a discrete codebook, or set it 1"
+        )
     return number_objective(labels, trunk, in_training, device)
 
 
-def code_objective(
-    labels: Labels,
-    future_frame: FutureFrame,
-    trunk: VisionLanguageTrunk,
-    in_training: np.ndarray,
-    device: torch.device,
-) -> Objective:
-    """Latent action tokens, by cross-entropy."""
-    largest = int(labels.latent_action.max())
-    if largest >= labels.codebook_size:
-        raise ValueError(
-            f"codebook_size is {labels.codebook_size}, the labels of these data use code {largest}: "
-            "run `lapa label` again"
-        )
-    latent_NL = torch.from_numpy(labels.latent_action).to(device)
-    model = LatentActionModel(trunk, labels.num_codes, labels.codebook_size)
-    if future_frame.weight:
-        model = TransfusionModel(trunk, labels.num_codes, labels.codebook_size, future_frame)
-
-    def sums(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
-        target_BL = latent_NL[frames]
-        logits_BLK = model.latent_head.logits(model.hidden(images_BCHW, ids_BW, target_BL[:, :-1])).float()
-        log_p_BLK = logits_BLK.log_softmax(-1)
-        hit_BL = logits_BLK.argmax(-1) == target_BL
-        greedy_BL = model.generate(images_BCHW, ids_BW)
-        return {
-            "token_cross_entropy": -log_p_BLK.gather(-1, target_BL[..., None]).mean((1, 2)).sum(),
-            "token_accuracy": hit_BL.float().mean(1).sum(),
-            **{f"token_{i}_accuracy": hit_BL[:, i].sum() for i in range(labels.num_codes)},
-            "joint_accuracy": (greedy_BL == target_BL).all(1).sum(),
-        }
-
-    return Objective(
-        model=model,
-        is_usable=labels.is_valid,
-        loss=lambda images, ids, frames: model.loss(images, ids, latent_NL[frames]),
-        evaluate=sums,
-        baseline=marginal_baseline(labels.latent_action[in_training & labels.is_valid], labels.codebook_size),
-        config={"is_discrete": True, "num_codes": labels.num_codes, "codebook_size": labels.codebook_size},
-    )
-
-
-def with_future_frame(objective: Objective, labels: Labels, store: FrameStore, device: torch.device) -> Objective:
-    """The same objective, and the frame that the quantizer saw beside each one is denoised after its latent action."""
-    model = objective.model
-    assert isinstance(model, TransfusionModel)
-    latent_NL = torch.from_numpy(labels.latent_action).to(device)
+def frames_ahead(labels: Labels, store: FrameStore) -> np.ndarray:
+    """(N,): the frame that the quantizer saw beside each one; the frame itself where the episode ends before."""
     episodes = np.arange(store.num_episodes)
     if store.episode_fps is None:
         pairs = FramePairs(store, labels.frame_gap_frames, episodes)
@@ -291,15 +253,102 @@ def with_future_frame(objective: Objective, labels: Labels, store: FrameStore, d
         pairs = quantizer_pairs(store, labels.quantizer, episodes)
     future_N = np.arange(store.num_frames)
     future_N[pairs.first_frames] += pairs.gaps
+    return future_N
+
+
+def latent_chunks(labels: Labels, future_N: np.ndarray, chunk_size: int) -> np.ndarray:
+    """(N, T, L) int64: the latent action of each frame and of those that lie 1, 2, ... gaps ahead.
+
+    UNKNOWN where the episode has ended, or the frame has no label.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"latent_chunk_size is {chunk_size}, expected at least 1")
+    chunks_NTL = np.full((len(future_N), chunk_size, labels.num_codes), UNKNOWN, np.int64)
+    frames_N, is_known_N = np.arange(len(future_N)), labels.is_valid
+    for step in range(chunk_size):
+        if step:
+            is_known_N = is_known_N & (future_N[frames_N] != frames_N)
+            frames_N = future_N[frames_N]
+            is_known_N = is_known_N & labels.is_valid[frames_N]
+        chunks_NTL[is_known_N, step] = labels.latent_action[frames_N[is_known_N]]
+    return chunks_NTL
+
+
+def code_objective(
+    labels: Labels,
+    latent_NTL: Tensor,
+    future_frame: FutureFrame,
+    trunk: VisionLanguageTrunk,
+    in_training: np.ndarray,
+) -> Objective:
+    """Chunks of latent action tokens, by cross-entropy."""
+    largest = int(labels.latent_action.max())
+    if largest >= labels.codebook_size:
+        raise ValueError(
+            f"codebook_size is {labels.codebook_size}, the labels of these data use code {largest}: "
+            "run `lapa label` again"
+        )
+    chunk_size = latent_NTL.shape[1]
+    model = LatentActionModel(trunk, labels.num_codes, labels.codebook_size, chunk_size)
+    if future_frame.weight:
+        model = TransfusionModel(trunk, labels.num_codes, labels.codebook_size, future_frame, chunk_size)
+
+    def sums(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
+        target_BTL = latent_NTL[frames]
+        target_BL = target_BTL[:, 0]
+        hidden_BLD = model.hidden(images_BCHW, ids_BW, target_BL[:, :-1])
+        logits_BLK = model.latent_head.logits(hidden_BLD).float()
+        log_p_BLK = logits_BLK.log_softmax(-1)
+        hit_BL = logits_BLK.argmax(-1) == target_BL
+        greedy_BL = model.generate(images_BCHW, ids_BW)
+        readout_BTL = model.latent_head.readout_cross_entropy(hidden_BLD[:, 0], target_BTL)
+        later = {}
+        for step in range(1, chunk_size):
+            later[f"is_known_{step}_ahead"] = (target_BTL[:, step, 0] != UNKNOWN).sum()
+            later[f"readout_cross_entropy_{step}_ahead"] = readout_BTL[:, step].mean(1).sum()
+        return {
+            "token_cross_entropy": -log_p_BLK.gather(-1, target_BL[..., None]).mean((1, 2)).sum(),
+            "token_accuracy": hit_BL.float().mean(1).sum(),
+            **{f"token_{i}_accuracy": hit_BL[:, i].sum() for i in range(labels.num_codes)},
+            "joint_accuracy": (greedy_BL == target_BL).all(1).sum(),
+            "readout_cross_entropy": readout_BTL[:, 0].mean(1).sum(),
+            **later,
+        }
+
+    def derive(means: dict[str, float]) -> dict[str, float]:
+        """Of the frames whose episode goes on so far."""
+        names = [f"readout_cross_entropy_{step}_ahead" for step in range(1, chunk_size)]
+        return {name: means[name] / max(means[name.replace("readout_cross_entropy", "is_known")], 1e-9) for name in names}
+
+    return Objective(
+        model=model,
+        is_usable=labels.is_valid,
+        loss=lambda images, ids, frames: model.loss(images, ids, latent_NTL[frames]),
+        evaluate=sums,
+        derive=derive,
+        baseline=marginal_baseline(labels.latent_action[in_training & labels.is_valid], labels.codebook_size),
+        config={
+            "is_discrete": True,
+            "num_codes": labels.num_codes,
+            "codebook_size": labels.codebook_size,
+            "latent_chunk_size": chunk_size,
+        },
+    )
+
+
+def with_future_frame(objective: Objective, latent_NTL: Tensor, future_N: np.ndarray) -> Objective:
+    """The same objective, and the frame that the quantizer saw beside each one is denoised after its latent action."""
+    model = objective.model
+    assert isinstance(model, TransfusionModel)
 
     def loss(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        return model.joint_loss(images_BCHW[:, :3], ids_BW, latent_NL[frames], images_BCHW[:, 3:])
+        return model.joint_loss(images_BCHW[:, :3], ids_BW, latent_NTL[frames], images_BCHW[:, 3:])
 
     def sums(images_BCHW: Tensor, ids_BW: Tensor, frames: np.ndarray) -> dict[str, Tensor]:
         present_BCHW, future_BCHW = images_BCHW[:, :3], images_BCHW[:, 3:]
         # The same noise whenever it is asked for, so that the curve shows the model alone.
         generator = torch.Generator().manual_seed(0)
-        _, numbers = model.joint_loss(present_BCHW, ids_BW, latent_NL[frames], future_BCHW, generator)
+        _, numbers = model.joint_loss(present_BCHW, ids_BW, latent_NTL[frames], future_BCHW, generator)
         own = {"future_frame_loss": numbers["future_frame_loss"] * len(frames)}
         return objective.evaluate(present_BCHW, ids_BW, frames) | own
 
@@ -308,7 +357,7 @@ def with_future_frame(objective: Objective, labels: Labels, store: FrameStore, d
         shown = {
             "present": (model.frame.shrink(present_BCHW) + 1) / 2,
             "future": (model.frame.shrink(future_BCHW) + 1) / 2,
-            "sampled after its latent action": model.imagine(present_BCHW, ids_BW, latent_NL[frames]),
+            "sampled after its latent action": model.imagine(present_BCHW, ids_BW, latent_NTL[frames, 0]),
             "sampled after the model's own": model.imagine(present_BCHW, ids_BW, model.generate(present_BCHW, ids_BW)),
         }
         draw_frames({name: images[:NUM_PICTURED_FRAMES] for name, images in shown.items()}, folder)

@@ -157,8 +157,15 @@ def run_in_order(backbone: Backbone, tokens_BSD: Tensor, layout: Layout, order_B
 class TransfusionModel(LatentActionModel):
     """A latent action model that denoises the future frame too."""
 
-    def __init__(self, trunk: VisionLanguageTrunk, num_codes: int, codebook_size: int, config: schema.FutureFrame):
-        super().__init__(trunk, num_codes, codebook_size)
+    def __init__(
+        self,
+        trunk: VisionLanguageTrunk,
+        num_codes: int,
+        codebook_size: int,
+        config: schema.FutureFrame,
+        chunk_size: int = 1,
+    ):
+        super().__init__(trunk, num_codes, codebook_size, chunk_size)
         for name in ("frame_first_share", "condition_dropout"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ValueError(f"future_frame.{name} is {getattr(config, name)}, expected a share from 0 to 1")
@@ -184,16 +191,16 @@ class TransfusionModel(LatentActionModel):
         self,
         images_BCHW: Tensor,
         ids_BW: Tensor,
-        latent_BL: Tensor,
+        latent_BTL: Tensor,
         future_BCHW: Tensor,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and numbers to log, for latent actions (B, L) int64 and future frames in [0, 1].
+        """Scalar loss and numbers to log, for chunks of latent actions (B, T, L) int64 and future frames in [0, 1].
 
         Args:
             generator: on the CPU, of orders, times and noise; None: torch's own, which `lapa.trainer.fit` seeds.
         """
-        config, device = self.future_frame, images_BCHW.device
+        config, device, latent_BL = self.future_frame, images_BCHW.device, latent_BTL[:, 0]
         batch, num_codes = latent_BL.shape
         clean_BCHW = self.frame.shrink(future_BCHW)
         frame_first_B = torch.rand(batch, generator=generator) < config.frame_first_share
@@ -224,7 +231,7 @@ class TransfusionModel(LatentActionModel):
 
         is_told_B = ~is_dropped_B
         hidden_BLD = hidden_BSD[:, start : end - 1]
-        loss, numbers = self.latent_head.loss(hidden_BLD[is_told_B], latent_BL[is_told_B])
+        loss, numbers = self.latent_head.loss(hidden_BLD[is_told_B], latent_BTL[is_told_B])
         prediction_BCHW = read(hidden_BSD[:, end + 1 : -1])
         frame_loss = self.frame.loss(prediction_BCHW, clean_BCHW, noise_BCHW).mean()
         numbers = numbers | {"future_frame_loss": frame_loss.detach()}

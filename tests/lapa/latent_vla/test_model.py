@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lapa.backbones.base import LATENT_ACTION, attention_mask
-from lapa.latent_vla.heads import BinnedActionHead, ChunkActionHead, LatentHead, build_action_head
+from lapa.latent_vla.heads import UNKNOWN, BinnedActionHead, ChunkActionHead, LatentHead, build_action_head
 from lapa.latent_vla.model import ActionModel, LatentActionModel, VisionLanguageTrunk
 from lapa.schema import DenseBackbone, WordText
 from lapa.text import encode_text
@@ -72,7 +72,7 @@ def test_latent_model_overfits_one_batch_and_generates_it(image_tokenizer):
     images, words, latent = batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(80):
-        loss, _ = model.loss(images, words, latent)
+        loss, _ = model.loss(images, words, latent[:, None])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -101,9 +101,24 @@ def test_action_model_overfits_one_batch(head_name):
 
 def test_latent_head_starts_near_a_uniform_guess():
     head = LatentHead(32, CODE_LENGTH, CODEBOOK_SIZE)
-    loss, numbers = head.loss(torch.randn(64, CODE_LENGTH, 32) * 0.1, torch.randint(CODEBOOK_SIZE, (64, CODE_LENGTH)))
+    latent = torch.randint(CODEBOOK_SIZE, (64, 1, CODE_LENGTH))
+    loss, numbers = head.loss(torch.randn(64, CODE_LENGTH, 32) * 0.1, latent)
     assert numbers["token_cross_entropy"] == pytest.approx(torch.log(torch.tensor(5.0)).item(), abs=0.1)
     assert loss.requires_grad
+
+
+def test_the_readout_tells_a_chunk_of_latent_actions_and_nothing_of_unknown_ones():
+    head = LatentHead(32, CODE_LENGTH, CODEBOOK_SIZE, chunk_size=3)
+    hidden = torch.randn(4, CODE_LENGTH, 32)
+    latent = torch.randint(CODEBOOK_SIZE, (4, 3, CODE_LENGTH))
+    latent[0, 1:] = latent[1, 2] = UNKNOWN
+    entropy = head.readout_cross_entropy(hidden[:, 0], latent)
+    assert torch.equal(entropy == 0, latent == UNKNOWN)
+    logits = head.at_once(hidden[2, 0]).view(3, CODE_LENGTH, CODEBOOK_SIZE)
+    assert entropy[2, 1, 1].item() == pytest.approx(-logits[1, 1].log_softmax(0)[latent[2, 1, 1]].item(), abs=1e-5)
+    loss, numbers = head.loss(hidden, latent)
+    expected = entropy[latent != UNKNOWN].mean()
+    torch.testing.assert_close(loss - numbers["token_cross_entropy"], expected)
 
 
 def test_padded_actions_give_no_loss_and_no_gradient():

@@ -49,6 +49,29 @@ def test_latent_pretraining_learns_the_token_that_the_instruction_decides(tmp_pa
     assert "held_out_token_accuracy" in (folder / "log.jsonl").read_text()
 
 
+def test_chunks_of_latent_actions_end_with_the_episode(toy_store, toy_labels):
+    store = read_store(toy_store)
+    labels = load_labels(toy_labels, store)
+    ahead = pretrain.frames_ahead(labels, store)
+    assert ahead[:6].tolist() == [2, 3, 4, 5, 4, 5]
+    chunks = pretrain.latent_chunks(labels, ahead, 3)
+    code = labels.latent_action
+    assert chunks[0].tolist() == [code[0].tolist(), code[2].tolist(), [-1, -1]]  # frame 4 has no partner, so no label
+    assert chunks[2].tolist() == [code[2].tolist(), [-1, -1], [-1, -1]]
+    assert (chunks[[4, 5]] == -1).all()
+    assert np.array_equal(pretrain.latent_chunks(labels, ahead, 1)[labels.is_valid, 0], code[labels.is_valid])
+    with pytest.raises(ValueError, match="latent_chunk_size is 0, expected at least 1"):
+        pretrain.latent_chunks(labels, ahead, 0)
+
+
+def test_pretraining_tells_the_latent_actions_to_come(tmp_path, toy_store, toy_labels):
+    numbers = pretrain.run(config(tmp_path, toy_store, toy_labels, latent_chunk_size=2))
+    assert numbers["token_0_accuracy"] == 1.0
+    # The direction stays, the other token is noise: about half of ln 3 a token.
+    assert numbers["readout_cross_entropy_1_ahead"] < 0.8 * numbers["marginal_token_cross_entropy"]
+    assert read_json(tmp_path / "pretrained" / "config.json")["latent_chunk_size"] == 2
+
+
 def test_pretraining_denoises_the_future_frame_too(tmp_path, toy_store, toy_labels):
     frame = FutureFrame(weight=1.0, image_size=8, patch_size=2, num_sampling_steps=8)
     numbers = pretrain.run(config(tmp_path, toy_store, toy_labels, future_frame=frame))

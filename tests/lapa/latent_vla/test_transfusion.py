@@ -31,6 +31,12 @@ def batch():
     return images, encode_text(TEXTS, 6), torch.randint(5, (4, 3), generator=generator), future
 
 
+def chunks(of_batch):
+    """The same with latent actions (B, 1, L), a chunk of one."""
+    images, ids, latent, future = of_batch
+    return images, ids, latent[:, None], future
+
+
 def seeded(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -44,7 +50,7 @@ def test_the_mask_is_causal_and_both_ways_within_the_frame(frame_first):
     model = new_model(frame_first_share=float(frame_first), condition_dropout=0.0)
     seen: list[Layout] = []
     model.trunk.backbone.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
-    model.joint_loss(*batch())
+    model.joint_loss(*chunks(batch()))
     (layout,) = seen
     num_prefix = layout.modality_ids_BS.shape[1] - 4 - 6
     frame = ["begin", "patch", "patch", "patch", "patch", "end"]
@@ -80,9 +86,9 @@ def test_another_order_of_a_row_is_that_order_in_a_backbone_and_the_same_order_o
 def test_a_frame_that_follows_does_not_change_what_is_said_of_the_latent_action():
     model = new_model(frame_first_share=0.0, condition_dropout=0.0).eval()
     images, ids, latent, future = batch()
-    expected, _ = model.loss(images, ids, latent)
+    expected, _ = model.loss(images, ids, latent[:, None])
     for other in (future, 1 - future):
-        loss, numbers = model.joint_loss(images, ids, latent, other)
+        loss, numbers = model.joint_loss(images, ids, latent[:, None], other)
         torch.testing.assert_close(loss - 5.0 * numbers["future_frame_loss"], expected)
 
 
@@ -91,7 +97,7 @@ def test_a_frame_that_comes_first_does():
     images, ids, latent, future = batch()
     losses = [
         numbers["token_cross_entropy"]
-        for _, numbers in (model.joint_loss(images, ids, latent, other, seeded()) for other in (future, 1 - future))
+        for _, numbers in (model.joint_loss(images, ids, latent[:, None], other, seeded()) for other in (future, 1 - future))
     ]
     assert (losses[0] - losses[1]).abs() > 1e-4
 
@@ -101,7 +107,7 @@ def test_the_noise_cap_holds_where_the_frame_comes_first(monkeypatch):
     draw = model.frame.process.draw_times
     monkeypatch.setattr(model.frame.process, "draw_times", lambda *a: drawn.append((a[2], draw(*a))) or drawn[-1][1])
     for seed in range(20):
-        model.joint_loss(*batch(), seeded(seed))
+        model.joint_loss(*chunks(batch()), seeded(seed))
     most, time = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     assert set(most.tolist()) == {0.25, 1.0}
     assert (time <= most).all() and time[most == 1].max() > 0.9
@@ -114,7 +120,7 @@ def test_every_weight_is_trained():
         if name.endswith(("second.weight", "second.1.weight")):
             torch.nn.init.normal_(weight, std=0.1)
     for seed in range(8):
-        model.joint_loss(*batch(), seeded(seed))[0].backward()
+        model.joint_loss(*chunks(batch()), seeded(seed))[0].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
@@ -125,7 +131,7 @@ def test_rows_without_condition_know_neither_instruction_nor_latent_action():
     found = []
     for other_ids, other in ((ids, latent), (ids.roll(1, 0), (latent + 1) % 5)):
         other_ids[0], other[0] = ids[0], latent[0]
-        found.append(model.joint_loss(images, other_ids, other, future, seeded())[1]["future_frame_loss"])
+        found.append(model.joint_loss(images, other_ids, other[:, None], future, seeded())[1]["future_frame_loss"])
     torch.testing.assert_close(found[0], found[1])
 
 
@@ -187,7 +193,7 @@ def test_one_batch_is_learned_and_its_future_sampled_back(process):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     often = [part.repeat(8, *[1] * (part.ndim - 1)) for part in (images, ids, latent, future)]
     for step in range(70):
-        loss, _ = model.joint_loss(*often, seeded(step))
+        loss, _ = model.joint_loss(*chunks(often), seeded(step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
