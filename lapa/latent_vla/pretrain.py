@@ -238,8 +238,8 @@ def latent_objective(
         raise ValueError("future_frame.weight needs labels that are codes: label with a discrete codebook, or set it 0")
     if cfg.latent_chunk_size != 1:
         raise ValueError(
-            f"latent_chunk_size is {cfg.latent_chunk_size}, and the labels are numbers: chunks are of codes; label with "
-            "a discrete codebook, or set it 1"
+            f"latent_chunk_size is {cfg.latent_chunk_size}, and the labels are numbers: chunks are of codes; "
+            "label with a discrete codebook, or set it 1"
         )
     return number_objective(labels, trunk, in_training, device)
 
@@ -317,8 +317,11 @@ def code_objective(
 
     def derive(means: dict[str, float]) -> dict[str, float]:
         """Of the frames whose episode goes on so far."""
-        names = [f"readout_cross_entropy_{step}_ahead" for step in range(1, chunk_size)]
-        return {name: means[name] / max(means[name.replace("readout_cross_entropy", "is_known")], 1e-9) for name in names}
+        own = {}
+        for step in range(1, chunk_size):
+            name = f"readout_cross_entropy_{step}_ahead"
+            own[name] = means[name] / max(means[f"is_known_{step}_ahead"], 1e-9)
+        return own
 
     return Objective(
         model=model,

@@ -13,6 +13,7 @@ from lapa.quantizer.label import load_labels
 from lapa.schema import (
     ContinuousCodebook,
     ConvolutionalQuantizer,
+    FutureFrame,
     LabelConfig,
     LFQCodebook,
     NSVQCodebook,
@@ -97,3 +98,11 @@ def test_continuous_labels_of_a_quantizer_that_failed_its_gate_are_refused(tmp_p
     write_json(tmp_path / "labels" / "labels.json", meta | {"gate": {"passed": False, "reasons": ["silent"]}})
     with pytest.raises(ValueError, match="failed its gate"):
         pretrain.run(pretrain_config(tmp_path, toy_store, tmp_path / "labels"))
+
+
+def test_chunks_and_future_frames_of_continuous_labels_are_refused(tmp_path, toy_store):
+    write_numbers(tmp_path / "labels", toy_store)
+    with pytest.raises(ValueError, match="latent_chunk_size is 2, and the labels are numbers"):
+        pretrain.run(pretrain_config(tmp_path, toy_store, tmp_path / "labels", latent_chunk_size=2))
+    with pytest.raises(ValueError, match="needs labels that are codes"):
+        pretrain.run(pretrain_config(tmp_path, toy_store, tmp_path / "labels", future_frame=FutureFrame(weight=1.0)))
