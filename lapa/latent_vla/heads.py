@@ -1,7 +1,7 @@
 """What is read from the trunk: latent action tokens or numbers, binned actions, or continuous or denoised chunks.
 
-Shapes: B batch, L codes of a latent action (num_codes), K choices of a code, D width, T chunk size, A action
-dimensions, N bins.
+Shapes: B batch, L codes of a latent action (num_codes), K choices of a code, D width, T chunk size (of actions, or of
+latent actions), A action dimensions, N bins.
 """
 
 import torch
@@ -59,7 +59,8 @@ class LatentHead(nn.Module):
 
     def readout_cross_entropy(self, hidden_BD: Tensor, latent_BTL: Tensor) -> Tensor:
         """Cross-entropy (B, T, L) of the chunk's tokens from the readout's hidden state, zero where UNKNOWN."""
-        logits_BTLK = self.at_once(hidden_BD).float().unflatten(-1, (*latent_BTL.shape[1:], self.codebook_size))
+        shape = (self.chunk_size, self.num_codes, self.codebook_size)
+        logits_BTLK = self.at_once(hidden_BD).float().unflatten(-1, shape)
         return F.cross_entropy(logits_BTLK.movedim(-1, 1), latent_BTL, ignore_index=UNKNOWN, reduction="none")
 
 

@@ -266,11 +266,10 @@ def latent_chunks(labels: Labels, future_N: np.ndarray, chunk_size: int) -> np.n
     chunks_NTL = np.full((len(future_N), chunk_size, labels.num_codes), UNKNOWN, np.int64)
     frames_N, is_known_N = np.arange(len(future_N)), labels.is_valid
     for step in range(chunk_size):
-        if step:
-            is_known_N = is_known_N & (future_N[frames_N] != frames_N)
-            frames_N = future_N[frames_N]
-            is_known_N = is_known_N & labels.is_valid[frames_N]
         chunks_NTL[is_known_N, step] = labels.latent_action[frames_N[is_known_N]]
+        has_next_N = future_N[frames_N] != frames_N
+        frames_N = future_N[frames_N]
+        is_known_N = is_known_N & has_next_N & labels.is_valid[frames_N]
     return chunks_NTL
 
 
