@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lapa import distributed
 from lapa.checkpoint import write_json
 from lapa.runtime import available_cores
-from lapa.schema import RunConfig
+from lapa.schema import LabelConfig, MixturePart, RunConfig
 from lapa.stage import peak_memory_mb, run_stage
 
 Job = tuple[str, Any]  # a verb of `lapa.cli.STAGES` and its options
@@ -41,6 +41,7 @@ STAGES = [
     "evaluate",
     "report",
 ]
+DEMOS = "-demos"  # behind the name of a folder of labels: of the demonstrations
 # Jobs that belong to a stage of another name.
 STAGE_OF = {"finetune_unipi": "finetune"}
 
@@ -86,6 +87,8 @@ def run(config: RunConfig) -> dict:
     unknown = sorted(set(config.stages) - set(STAGES))
     if unknown:
         raise ValueError(f"unknown stages {unknown}: known are {STAGES}")
+    if not 0 <= config.demos_as_video < 1:
+        raise ValueError(f"demos_as_video is {config.demos_as_video}, expected a share from 0 to less than 1")
     if config.parallel_jobs > 1 and distributed.world_size() > 1:
         raise ValueError("parallel_jobs and torchrun exclude each other: one of them shall use the cores")
 
@@ -115,7 +118,12 @@ def shared_jobs(config: RunConfig) -> list[Job]:
     jobs: list[Job] = [("ingest", config.ingest)]
     if config.videos.num_episodes:
         jobs.append(("demos", config.videos))
-    jobs += [("demos", config.demos), ("train_quantizer", config.train_quantizer)]
+    quantizer = config.train_quantizer
+    if config.demos_as_video:
+        # The probes are of the videos alone, and such a mixture has none.
+        data = replace(quantizer.data, path=None, mixture=with_demos(config, quantizer.data.path))
+        quantizer = replace(quantizer, data=data, probe_data=None)
+    jobs += [("demos", config.demos), ("train_quantizer", quantizer)]
     sources = {arm.labels or "" for arm in arms if arm.predict == "latent"}
     if "shuffled" in sources:
         sources.add("quantizer")
@@ -126,6 +134,8 @@ def shared_jobs(config: RunConfig) -> list[Job]:
         if source == "shuffled":
             label.labels = config.label.output_dir
         jobs.append(("label", label))
+        if config.demos_as_video:
+            jobs.append(("label", of_demos(config, label)))
     is_vpt_in, is_unipi_in = any(arm.labels == "inverse" for arm in arms), any(arm.predict == "frame" for arm in arms)
     if is_vpt_in or is_unipi_in:
         jobs.append(("train_inverse", config.train_inverse))
@@ -137,6 +147,8 @@ def shared_jobs(config: RunConfig) -> list[Job]:
         ground = replace(
             config.ground, text=pretrain.text, width=pretrain.backbone.width, image_size=pretrain.image_size
         )
+        if config.demos_as_video:
+            ground = replace(ground, data=None, mixture=with_demos(config, ground.data))
         jobs.append(("ground", ground))
     return chosen(config, jobs)
 
@@ -213,7 +225,35 @@ def pretrain_jobs(config: RunConfig, arm: str, seed: int) -> list[Job]:
         raise ValueError(f"the {arm} arm needs pretrain.action_data=<the same episodes with actions>")
     if source == "true":
         pretrain = replace(pretrain, data=config.pretrain.action_data)
+    if config.demos_as_video:
+        # Arms that learn actions know those of the demonstrations.
+        labels = pretrain.labels or pretrain.action_labels
+        demo_labels = f"{labels}{DEMOS}" if predict == "latent" else None
+        parts = with_demos(config, pretrain.data, labels, demo_labels)
+        pretrain = replace(pretrain, data=None, labels=None, action_labels=None, mixture=parts)
     return [("pretrain", pretrain)]
+
+
+def with_demos(
+    config: RunConfig, videos: str | None, labels: str | None = None, demo_labels: str | None = None
+) -> list[MixturePart]:
+    """The videos and, for a share of every batch, the demonstrations."""
+    if videos is None or config.finetune.data is None:
+        raise ValueError("demos_as_video mixes one data set of videos with one of demonstrations: give no mixture")
+    share = config.demos_as_video
+    return [MixturePart(videos, 1 - share, labels), MixturePart(config.finetune.data, share, demo_labels)]
+
+
+def of_demos(config: RunConfig, label: LabelConfig) -> LabelConfig:
+    """The same labels for the demonstrations; ValueError for clusters, which would be others there."""
+    if label.source not in ("quantizer", "shuffled"):
+        raise ValueError(f"demos_as_video needs the quantizer's labels: clusters of {label.source} are of one data set")
+    return replace(
+        label,
+        data=with_demos(config, label.data)[1].path,
+        labels=None if label.labels is None else f"{label.labels}{DEMOS}",
+        output_dir=f"{label.output_dir}{DEMOS}",
+    )
 
 
 def labels_of(folder: str, source: str | None) -> str:

@@ -403,7 +403,7 @@ class MixturePart:
 
     path: str = MISSING  # a LeRobotDataset v3 folder or a frame store written by `lapa ingest`
     weight: float = 1.0  # its share of a batch, as a share of all weights
-    labels: str | None = None  # of these data (pretrain)
+    labels: str | None = None  # of these data (pretrain): of `lapa label`; predict=action: of `lapa label_actions`
     embodiment: str = ""  # the robot (finetune): each gets statistics, action head and policy folder of its own
 
 
@@ -787,7 +787,8 @@ class GroundConfig:
     """
 
     output_dir: str = MISSING
-    data: str = MISSING
+    data: str | None = None
+    mixture: list[MixturePart] = field(default_factory=list)  # several data sets, in place of data: docs/mixtures.md
     text: TextEncoder = MISSING
     width: int = 128  # of the backbone that it is for
     image_size: int = 64
@@ -1232,6 +1233,8 @@ class RunConfig:
     arms: list[str] = field(default_factory=lambda: ["lapa", "scratch", "action_vla"])
     seeds: list[int] = field(default_factory=lambda: [0])
     evaluate_splits: list[str] = field(default_factory=list)  # evaluate each of these; empty: evaluate.split alone
+    # Share of a batch of quantizer, grounding and pretraining that shows the demonstrations beside the videos; 0: none.
+    demos_as_video: float = 0.0
     parallel_jobs: int = 1  # arms and seeds at work at once, each in a process with its share of the cores
     ingest: IngestConfig = field(default_factory=IngestConfig)
     # The many episodes seen as video; num_episodes=0: none, the videos are those of `ingest`.

@@ -38,7 +38,7 @@ def run(cfg: GroundConfig) -> dict:
         raise ValueError("text=huggingface is part of its backbone, and comes grounded: leave `lapa ground` out")
     if cfg.image_size % (2 * FEATURE_STRIDE):
         raise ValueError(f"image_size is {cfg.image_size}, expected a multiple of {2 * FEATURE_STRIDE}")
-    mixture = open_mixture(cfg.data, [], cfg.image_size, cfg.cache_dir)
+    mixture = open_mixture(cfg.data, cfg.mixture, cfg.image_size, cfg.cache_dir)
     store, training, output_dir = mixture.store, cfg.training, Path(cfg.output_dir)
     train_episodes, held_out_episodes = mixture.split(cfg.holdout_fraction, training.seed)
     torch.manual_seed(training.seed)
@@ -48,13 +48,12 @@ def run(cfg: GroundConfig) -> dict:
     last_N = np.asarray(store.episode_offsets)[1:][of_frame] - 1
     train_frames, held_out_frames = (np.flatnonzero(np.isin(of_frame, e)) for e in (train_episodes, held_out_episodes))
     held_out_frames = np.random.default_rng(0).permutation(held_out_frames)[:MAX_EVALUATION_FRAMES]
+    choose = mixture.sampler(train_frames)
     inputs = Inputs(store, model.text_encoder.encode_text(store.instructions), compute.device, last_N)
 
     def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, np.ndarray]:
-        frames = train_frames[rng.integers(len(train_frames), size=training.batch_size)]
-        return inputs.read(
-            frames[distributed.shard(training.batch_size)], cfg.random_shift_pixels, distributed.own_generator(rng)
-        )
+        frames = train_frames[choose(rng, training.batch_size)][distributed.shard(training.batch_size)]
+        return inputs.read(frames, cfg.random_shift_pixels, distributed.own_generator(rng))
 
     def loss(batch: tuple[Tensor, Tensor, np.ndarray]) -> tuple[Tensor, dict]:
         images_B6HW, ids_BW, _ = batch

@@ -93,9 +93,7 @@ def run(cfg: PretrainConfig) -> dict:
     elif cfg.predict == "action":
         if cfg.future_frame.weight:
             raise ValueError("future_frame.weight needs predict=latent: the frame follows latent action tokens")
-        if cfg.mixture and store.actions is None:
-            raise ValueError("predict=action needs actions of one robot: not all of the mixture have them, or as many")
-        objective = action_objective(cfg, store, trunk, in_training, compute.device)
+        objective = action_objective(cfg, mixture, trunk, in_training, compute.device)
     elif cfg.predict == "frame":
         objective = frame_objective(cfg, store, trunk, compute.device)
     else:
@@ -480,12 +478,34 @@ def marginal_baseline(latent_NL: np.ndarray, codebook_size: int) -> dict[str, fl
     }
 
 
+def action_labels(cfg: PretrainConfig, mixture: Mixture) -> tuple[np.ndarray, np.ndarray] | None:
+    """Actions (N, A) and which are known (N,), where some data set has those of an inverse model; else None."""
+    if not cfg.mixture:
+        return None if cfg.action_labels is None else load_action_labels(cfg.action_labels, mixture.store)
+    if cfg.action_labels is not None:
+        raise ValueError(
+            f"action_labels={cfg.action_labels} beside a mixture: name them in it, {{path: ..., labels: ...}}"
+        )
+    of_parts = []
+    for part, store in zip(mixture.parts, mixture.stores, strict=True):
+        if part.labels is not None:
+            of_parts.append(load_action_labels(part.labels, store))
+        elif store.actions is not None:
+            of_parts.append((store.actions, np.ones(store.num_frames, bool)))
+        else:
+            raise ValueError(f"{part.path} has no actions: give it labels=<folder written by `lapa label_actions`>")
+    numbers = {part.path: actions.shape[1] for part, (actions, _) in zip(mixture.parts, of_parts, strict=True)}
+    if len(set(numbers.values())) > 1:
+        raise ValueError(f"predict=action needs actions of one robot, the mixture has {numbers} numbers an action")
+    actions, is_known = zip(*of_parts, strict=True)
+    return np.concatenate(actions), np.concatenate(is_known)
+
+
 def action_objective(
-    cfg: PretrainConfig, store: FrameStore, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
+    cfg: PretrainConfig, mixture: Mixture, trunk: VisionLanguageTrunk, in_training: np.ndarray, device: torch.device
 ) -> Objective:
-    """Chunks of actions, normalised by mean and standard deviation: the data set's own, or an inverse model's."""
-    labels = load_action_labels(cfg.action_labels, store) if cfg.action_labels is not None else None
-    chunks, is_pad = action_chunks(store, cfg.chunk_size, labels)
+    """Chunks of actions, normalised by mean and standard deviation: the data's own, or an inverse model's."""
+    chunks, is_pad = action_chunks(mixture.store, cfg.chunk_size, action_labels(cfg, mixture))
     is_usable = ~is_pad[:, 0]
     known = chunks[in_training & is_usable, 0]
     if not len(known):

@@ -160,6 +160,41 @@ def test_every_split_is_evaluated_from_the_same_states_by_every_arm():
         assert {options.seed for options in evaluations} == {3_000_000}
 
 
+def test_demonstrations_are_a_share_of_every_batch_that_shows_video():
+    arms = "arms=[scratch,lapa,vpt,unipi,shuffled,action_vla]"
+    shared, chains = jobs_of(arms, "demos_as_video=0.25", "video_dir=v")
+
+    def parts(mixture):
+        return [(part.path, part.weight, part.labels) for part in mixture]
+
+    def both(videos="v/videos/video", labels=None, demo_labels=None):
+        return [(videos, 0.75, labels), ("r/demos/demos", 0.25, demo_labels)]
+
+    quantizer, ground = dict(shared)["train_quantizer"], dict(shared)["ground"]
+    assert quantizer.data.path is None and parts(quantizer.data.mixture) == both()
+    assert ground.data is None and parts(ground.mixture) == both()
+    labelled = {options.output_dir: (options.data, options.labels) for verb, options in shared if verb == "label"}
+    assert labelled == {
+        "v/labels": ("v/videos/video", None),
+        "v/labels-demos": ("r/demos/demos", None),
+        "v/labels-shuffled": ("v/videos/video", "v/labels"),
+        "v/labels-shuffled-demos": ("r/demos/demos", "v/labels-demos"),
+    }
+    pretrained = [(name, dict(jobs)["pretrain"]) for name, jobs in chains.items() if "pretrain" in dict(jobs)]
+    assert {name: parts(options.mixture) for name, options in pretrained} == {
+        "lapa-seed1": both(labels="v/labels", demo_labels="v/labels-demos"),
+        "shuffled-seed1": both(labels="v/labels-shuffled", demo_labels="v/labels-shuffled-demos"),
+        "vpt-seed1": both(labels="r/pseudo_actions"),
+        "unipi-seed1": both(),
+        "action_vla-seed1": both("v/videos/demos"),
+    }
+    assert {(o.data, o.labels, o.action_labels) for _, o in pretrained} == {(None, None, None)}
+    with pytest.raises(ValueError, match="clusters of pixel_differences are of one data set"):
+        jobs_of("arms=[pixel_kmeans]", "demos_as_video=0.25")
+    with pytest.raises(ValueError, match="expected a share from 0 to less than 1"):
+        pipeline.run(compose_run("experiment=quickstart", "run_dir=r", "demos_as_video=1"))
+
+
 def test_unknown_arms_and_stages_are_named():
     config = compose_run("experiment=quickstart", "run_dir=r")
     with pytest.raises(ValueError, match=r"unknown arms \['bc'\]"):
@@ -181,6 +216,15 @@ def test_video_becomes_a_policy_and_a_report_and_a_second_call_does_nothing_agai
     capsys.readouterr()
     pipeline.run(config)
     assert capsys.readouterr().out.count("is complete") == 12
+
+
+def test_demonstrations_beside_the_videos_become_a_policy(tmp_path):
+    options = ["experiment=quickstart", f"run_dir={tmp_path}", *TINY, "arms=[lapa,vpt]", "demos_as_video=0.5"]
+    stages = "stages=[demos,train_quantizer,label,train_inverse,label_actions,ground,pretrain,finetune]"
+    config = compose_run(*options, stages, "train_inverse.training.num_steps=2", "ground.training.num_steps=2")
+    pipeline.run(config)
+    for arm in ("lapa", "vpt"):
+        assert (tmp_path / "finetune" / f"{arm}-seed0" / "model.safetensors").is_file()
 
 
 @pytest.mark.timeout(900)

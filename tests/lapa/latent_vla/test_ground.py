@@ -14,6 +14,7 @@ from lapa.schema import (
     DenseBackbone,
     GroundConfig,
     HuggingFaceText,
+    MixturePart,
     PretrainConfig,
     Runtime,
     Training,
@@ -70,6 +71,17 @@ def test_it_learns_which_square_the_instruction_is_about(grounded):
     assert numbers["held_out_cross_entropy"] < 0.1
     assert numbers["held_out_with_other_instructions"] > 3 * numbers["held_out_cross_entropy"]
     assert read_json(f"{folder}/metrics.json")["held_out_cross_entropy"] == numbers["held_out_cross_entropy"]
+
+
+def test_a_mixture_of_one_gives_the_numbers_of_the_plain_run(two_squares, grounded, tmp_path):
+    _, config, _ = grounded
+    short = replace(config, output_dir=str(tmp_path / "plain"), training=replace(config.training, num_steps=3))
+    part = MixturePart(path=str(two_squares))
+    mixed = replace(short, output_dir=str(tmp_path / "mixed"), data=None, mixture=[part])
+    assert ground.run(mixed) == ground.run(short)
+    both = replace(mixed, output_dir=str(tmp_path / "both"), mixture=[part, replace(part, weight=3.0)])
+    ground.run(both)
+    assert read_json(tmp_path / "both" / "metrics.json")["num_train_frames"] == 2 * 192
 
 
 def test_what_changes_is_told_by_cell():

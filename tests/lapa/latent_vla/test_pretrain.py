@@ -11,7 +11,7 @@ from lapa.latent_vla import pretrain
 from lapa.latent_vla.model import VisionLanguageTrunk
 from lapa.mixture import open_mixture
 from lapa.quantizer.label import load_labels
-from lapa.schema import DenseBackbone, FutureFrame, PretrainConfig, Runtime, Training, WordText
+from lapa.schema import DenseBackbone, FutureFrame, MixturePart, PretrainConfig, Runtime, Training, WordText
 from tests.lapa.latent_vla.conftest import write_labels, write_store
 
 BACKBONE = DenseBackbone(width=32, num_layers=1, num_heads=2)
@@ -143,6 +143,27 @@ def test_pseudo_actions_take_the_place_of_true_ones(tmp_path, toy_store):
     assert saved["action_mean"][1] == pytest.approx(-0.5)
     metrics = read_json(tmp_path / "pretrained" / "metrics.json")
     assert metrics["first_action_cosine"] > 0.7 and metrics["num_train_frames"] == 16 * 3
+
+
+def test_pseudo_actions_of_one_data_set_stand_beside_true_ones_of_another(tmp_path, toy_store):
+    store = read_store(toy_store)
+    other = write_store(tmp_path / "other", num_episodes=store.num_episodes, seed=1)
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    tensors = {"action": torch.full(store.actions.shape, 7.0), "is_known": torch.ones(store.num_frames, dtype=bool)}
+    write_tensors(labels / "actions.safetensors", tensors)
+    write_json(labels / "actions.json", {"store_fingerprint": store.fingerprint, "num_frames": store.num_frames})
+    parts = [MixturePart(path=str(toy_store), labels=str(labels)), MixturePart(path=str(other))]
+    cfg = dataclasses.replace(config(tmp_path, toy_store, predict="action"), data=None, mixture=parts)
+    actions, is_known = pretrain.action_labels(cfg, open_mixture(None, parts, 16, None))
+    assert is_known.all() and (actions[: store.num_frames] == 7).all()
+    assert np.array_equal(actions[store.num_frames :], read_store(other).actions)
+    with pytest.raises(ValueError, match="action_labels=somewhere beside a mixture: name them in it"):
+        pretrain.run(dataclasses.replace(cfg, action_labels="somewhere"))
+    index = load_file(other / "index.safetensors")
+    write_tensors(other / "index.safetensors", {name: value for name, value in index.items() if name != "action"})
+    with pytest.raises(ValueError, match="other has no actions: give it labels="):
+        pretrain.run(cfg)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, toy_store, toy_labels, monkeypatch):
