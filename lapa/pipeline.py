@@ -245,15 +245,16 @@ def with_demos(
 
 
 def of_demos(config: RunConfig, label: LabelConfig) -> LabelConfig:
-    """The same labels for the demonstrations; ValueError for clusters, which would be others there."""
-    if label.source not in ("quantizer", "shuffled"):
-        raise ValueError(f"demos_as_video needs the quantizer's labels: clusters of {label.source} are of one data set")
-    return replace(
-        label,
-        data=with_demos(config, label.data)[1].path,
-        labels=None if label.labels is None else f"{label.labels}{DEMOS}",
-        output_dir=f"{label.output_dir}{DEMOS}",
-    )
+    """The same labels for the demonstrations: shuffled among themselves, clusters being those of the videos."""
+    demos = with_demos(config, label.data)[1].path
+    labels = {
+        "quantizer": None,
+        "shuffled": f"{label.labels}{DEMOS}",
+        "pixel_differences": label.output_dir,
+        "actions": label.output_dir,
+    }[label.source]
+    action_data = demos if label.source == "actions" else None
+    return replace(label, data=demos, labels=labels, action_data=action_data, output_dir=f"{label.output_dir}{DEMOS}")
 
 
 def labels_of(folder: str, source: str | None) -> str:

@@ -573,7 +573,9 @@ class LabelConfig:
     data: str = MISSING
     output_dir: str = MISSING
     source: str = "quantizer"  # quantizer | shuffled | pixel_differences | actions
-    labels: str | None = None  # source=shuffled: the quantizer's own, if they are there; null: it is asked again
+    # source=shuffled: the quantizer's own, if they are there; null: it is asked again. The clusters' sources: labels of
+    # another data set, whose clusters are taken; null: clusters are found in these data.
+    labels: str | None = None
     action_data: str | None = None  # the same episodes with actions (source=actions)
     seed: int = 0  # of the shuffling and of k-means
     evaluation: str | None = None  # folder of `lapa evaluate_quantizer` with the gate; default: the quantizer's own

@@ -9,7 +9,7 @@ episode are marked invalid. A label folder holds
 
     labels.json          source, the quantizer's config.json, sizes, store fingerprint, gate result, histogram
     labels.safetensors   latent_action (N, num_codes), int64 codes or float32 numbers of a continuous codebook (zero
-                         where invalid), is_valid (N,) bool
+                         where invalid), is_valid (N,) bool; of clusters also centres (K, C) float32
     lerobot/             with export=lerobot, the data set with the labels as features
 """
 
@@ -75,17 +75,15 @@ def run(cfg: LabelConfig) -> dict:
     # Clusters come from no quantizer that could have failed.
     uses_codes = cfg.source in ("quantizer", "shuffled")
     gate = read_gate(cfg.quantizer, cfg.evaluation) if uses_codes else {"passed": True, "reasons": []}
-    codes, size = SOURCES[cfg.source](cfg, pairs, compute)
+    codes, size, centres_KC = SOURCES[cfg.source](cfg, pairs, compute)
 
     is_discrete, num_codes = codes.dtype == np.int64, codes.shape[1]
     latent_action = np.zeros((store.num_frames, num_codes), codes.dtype)
     latent_action[pairs.first_frames] = codes
     is_valid = np.zeros(store.num_frames, bool)
     is_valid[pairs.first_frames] = True
-    write_tensors(
-        output_dir / LABELS_FILE,
-        {"latent_action": torch.from_numpy(latent_action), "is_valid": torch.from_numpy(is_valid)},
-    )
+    tensors = {"latent_action": torch.from_numpy(latent_action), "is_valid": torch.from_numpy(is_valid)}
+    write_tensors(output_dir / LABELS_FILE, tensors | ({} if centres_KC is None else {"centres": centres_KC}))
     histogram = [np.bincount(code, minlength=size).tolist() for code in codes.T] if is_discrete else None
     write_json(
         output_dir / "labels.json",
@@ -115,10 +113,11 @@ def run(cfg: LabelConfig) -> dict:
 
 
 # Where labels come from: each gives codes (P, N) of the pairs, int64 or the float32 numbers of a continuous codebook,
-# and how many codes there are a column.
+# how many codes there are a column, and of clusters their centres (K, C).
+Codes = tuple[np.ndarray, int, Tensor | None]
 
 
-def quantizer_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple[np.ndarray, int]:
+def quantizer_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> Codes:
     """What the quantizer says of each pair."""
     model = load_quantizer(cfg.quantizer).to(compute.device)
     frames_N, parts = pairs.store.frames, []
@@ -132,22 +131,22 @@ def quantizer_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tu
                 codes_BN, _ = model.encode_clip(frames, pairs_B2.to(compute.device))
             parts.append(codes_BN.cpu().numpy().astype(np.int64 if model.codebook.is_discrete else np.float32))
             progress.update(len(indices))
-    return np.concatenate(parts), model.codebook.codebook_size
+    return np.concatenate(parts), model.codebook.codebook_size, None
 
 
-def shuffled_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple[np.ndarray, int]:
+def shuffled_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> Codes:
     """The quantizer's codes, as often as it gave them, at pairs drawn at random: they say nothing of the picture."""
     if cfg.labels is None:
-        codes, size = quantizer_codes(cfg, pairs, compute)
+        codes, size, _ = quantizer_codes(cfg, pairs, compute)
     else:
         own = load_labels(cfg.labels, pairs.store)
         if own.quantizer != load_config(cfg.quantizer, "train_quantizer"):
             raise ValueError(f"the labels in {cfg.labels} are not of the quantizer in {cfg.quantizer}: name its own")
         codes, size = own.latent_action[pairs.first_frames], own.codebook_size
-    return codes[np.random.default_rng(cfg.seed).permutation(len(codes))], size
+    return codes[np.random.default_rng(cfg.seed).permutation(len(codes))], size, None
 
 
-def pixel_difference_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple[np.ndarray, int]:
+def pixel_difference_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> Codes:
     """The cluster of the difference between the frames, each averaged to 32 pixels."""
 
     def differences(indices: np.ndarray) -> Tensor:
@@ -158,7 +157,7 @@ def pixel_difference_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute
     return clusters(cfg, pairs, differences)
 
 
-def action_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple[np.ndarray, int]:
+def action_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> Codes:
     """The cluster of the displacement that was truly executed between the frames."""
     if cfg.action_data is None:
         raise ValueError("source=actions needs action_data=<the same episodes with actions>")
@@ -167,11 +166,22 @@ def action_codes(cfg: LabelConfig, pairs: FramePairs, compute: Compute) -> tuple
     return clusters(cfg, pairs, lambda indices: torch.from_numpy(known.displacements(indices)).float())
 
 
-def clusters(cfg: LabelConfig, pairs: FramePairs, describe: Callable[[np.ndarray], Tensor]) -> tuple[np.ndarray, int]:
+def clusters(cfg: LabelConfig, pairs: FramePairs, describe: Callable[[np.ndarray], Tensor]) -> Codes:
     """The nearest of as many k-means centres as the quantizer has latent actions, in one column (P, 1).
 
-    describe: pair indices (B,) to points (B, C).
+    The centres are those of `cfg.labels`, where that is given. describe: pair indices (B,) to points (B, C).
     """
+    centres_KC = find_centres(cfg, pairs, describe) if cfg.labels is None else load_centres(cfg)
+    starts = tqdm(range(0, len(pairs), cfg.batch_size), desc="label", unit="batch", mininterval=1.0)
+    parts = [
+        torch.cdist(describe(np.arange(start, min(start + cfg.batch_size, len(pairs)))), centres_KC).argmin(1)
+        for start in starts
+    ]
+    return torch.cat(parts)[:, None].numpy(), len(centres_KC), centres_KC
+
+
+def find_centres(cfg: LabelConfig, pairs: FramePairs, describe: Callable[[np.ndarray], Tensor]) -> Tensor:
+    """Centres (K, C) of k-means on some of the pairs."""
     codebook = load_config(cfg.quantizer, "train_quantizer")["codebook"]
     num_levels = codebook.get("num_levels", 1)
     size = codebook["codebook_size"] ** (codebook["code_length"] * num_levels)
@@ -180,13 +190,20 @@ def clusters(cfg: LabelConfig, pairs: FramePairs, describe: Callable[[np.ndarray
     size = min(size, len(pairs))
     generator = np.random.default_rng(cfg.seed)
     sample = np.sort(generator.permutation(len(pairs))[: max(NUM_CLUSTERED_PAIRS, size)])
-    codes_KC = kmeans(describe(sample), size, torch.Generator().manual_seed(cfg.seed))
-    starts = tqdm(range(0, len(pairs), cfg.batch_size), desc="label", unit="batch", mininterval=1.0)
-    parts = [
-        torch.cdist(describe(np.arange(start, min(start + cfg.batch_size, len(pairs)))), codes_KC).argmin(1)
-        for start in starts
-    ]
-    return torch.cat(parts)[:, None].numpy(), size
+    return kmeans(describe(sample), size, torch.Generator().manual_seed(cfg.seed))
+
+
+def load_centres(cfg: LabelConfig) -> Tensor:
+    """Centres (K, C) of another data set's labels; ValueError where they are of another source."""
+    assert cfg.labels is not None
+    source = read_json(Path(cfg.labels) / "labels.json")["source"]
+    tensors = load_file(Path(cfg.labels) / LABELS_FILE)
+    if source != cfg.source or "centres" not in tensors:
+        raise ValueError(
+            f"labels={cfg.labels} are of source={source} and {'have' if 'centres' in tensors else 'lack'} centres, "
+            f"expected those of source={cfg.source} of another data set: run `lapa label source={cfg.source}` on that"
+        )
+    return tensors["centres"]
 
 
 SOURCES = {

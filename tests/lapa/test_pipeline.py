@@ -161,7 +161,7 @@ def test_every_split_is_evaluated_from_the_same_states_by_every_arm():
 
 
 def test_demonstrations_are_a_share_of_every_batch_that_shows_video():
-    arms = "arms=[scratch,lapa,vpt,unipi,shuffled,action_vla]"
+    arms = "arms=[scratch,lapa,vpt,unipi,shuffled,oracle,action_vla]"
     shared, chains = jobs_of(arms, "demos_as_video=0.25", "video_dir=v")
 
     def parts(mixture):
@@ -173,24 +173,29 @@ def test_demonstrations_are_a_share_of_every_batch_that_shows_video():
     quantizer, ground = dict(shared)["train_quantizer"], dict(shared)["ground"]
     assert quantizer.data.path is None and parts(quantizer.data.mixture) == both()
     assert ground.data is None and parts(ground.mixture) == both()
-    labelled = {options.output_dir: (options.data, options.labels) for verb, options in shared if verb == "label"}
+    labels = [options for verb, options in shared if verb == "label"]
+    labelled = {options.output_dir: (options.data, options.labels) for options in labels}
+    assert [options.action_data for options in labels if options.action_data] == ["v/videos/demos", "r/demos/demos"]
     assert labelled == {
         "v/labels": ("v/videos/video", None),
         "v/labels-demos": ("r/demos/demos", None),
         "v/labels-shuffled": ("v/videos/video", "v/labels"),
         "v/labels-shuffled-demos": ("r/demos/demos", "v/labels-demos"),
+        "v/labels-actions": ("v/videos/video", None),
+        "v/labels-actions-demos": ("r/demos/demos", "v/labels-actions"),
     }
     pretrained = [(name, dict(jobs)["pretrain"]) for name, jobs in chains.items() if "pretrain" in dict(jobs)]
     assert {name: parts(options.mixture) for name, options in pretrained} == {
         "lapa-seed1": both(labels="v/labels", demo_labels="v/labels-demos"),
         "shuffled-seed1": both(labels="v/labels-shuffled", demo_labels="v/labels-shuffled-demos"),
+        "oracle-seed1": both(labels="v/labels-actions", demo_labels="v/labels-actions-demos"),
         "vpt-seed1": both(labels="r/pseudo_actions"),
         "unipi-seed1": both(),
         "action_vla-seed1": both("v/videos/demos"),
     }
     assert {(o.data, o.labels, o.action_labels) for _, o in pretrained} == {(None, None, None)}
-    with pytest.raises(ValueError, match="clusters of pixel_differences are of one data set"):
-        jobs_of("arms=[pixel_kmeans]", "demos_as_video=0.25")
+    with pytest.raises(ValueError, match="give no mixture"):
+        jobs_of("arms=[lapa]", "demos_as_video=0.25", "finetune.data=null")
     with pytest.raises(ValueError, match="expected a share from 0 to less than 1"):
         pipeline.run(compose_run("experiment=quickstart", "run_dir=r", "demos_as_video=1"))
 

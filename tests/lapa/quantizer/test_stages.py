@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lapa.checkpoint import write_tensors
 from lapa.data import FramePairs, frame_gap, read_store, to_float
@@ -210,6 +211,18 @@ def test_clusters_have_the_quantizers_vocabulary_and_oracle_codes_tell_the_displ
         assert (labels.num_codes, labels.codebook_size) == (1, 4**2) and labels.gate["passed"]
         assert labels.latent_action.max() < 16 and len(np.unique(labels.latent_action[labels.is_valid])) > 8
     assert share_told(oracle) > 0.8 > share_told(pixels)
+    same = relabel(labelled, tmp_path / "same", source="pixel_differences", labels=str(tmp_path / "pixels"))
+    assert (same.latent_action == pixels.latent_action).all()
+
+
+def test_clusters_of_one_data_set_label_another(labelled, other_discs, tmp_path):
+    relabel(labelled, tmp_path / "first", source="pixel_differences")
+    options = replace(labelled[2], data=str(other_discs), source="pixel_differences", labels=str(tmp_path / "first"))
+    label.run(replace(options, output_dir=str(tmp_path / "second")))
+    centres = [load_file(tmp_path / name / "labels.safetensors")["centres"] for name in ("first", "second")]
+    assert torch.equal(*centres) and len(centres[0]) == 16
+    with pytest.raises(ValueError, match="are of source=quantizer and lack centres, expected those of source=pixel"):
+        label.run(replace(options, labels=str(labelled[0]), output_dir=str(tmp_path / "bad")))
 
 
 def test_a_source_that_is_unknown_or_lacks_its_actions_is_refused(labelled, tmp_path):
