@@ -174,21 +174,29 @@ def quantizer_section(folder: Path) -> str:
 
 
 def grounding_section(folder: Path) -> str:
-    picture = folder / "images" / "changes.png"
-    if not (folder / "metrics.json").is_file() or not picture.is_file():
+    if not (folder / "metrics.json").is_file():
         return ""
-    names = {
-        "held_out_cross_entropy": "cross-entropy a cell, nats",
-        "held_out_with_other_instructions": "with another frame's instruction",
-        "held_out_least": "least possible",
-    }
-    metrics = read_json(folder / "metrics.json")
-    return (
-        "<h2>Grounding, on held-out episodes</h2><p>Where each instruction is expected to have changed the picture by "
-        "the end of the clip, learned without actions.</p>"
-        + table(["metric", "value"], [[text, number(metrics[name])] for name, text in names.items()])
-        + image(picture.read_bytes(), "frames, where they are expected to change, where they do")
-    )
+    metrics, parts = read_json(folder / "metrics.json"), []
+    for prefix, picture, where in (
+        ("held_out", "changes", "held-out episodes"),
+        ("test", "test_changes", "ground.test_data"),
+    ):
+        path = folder / "images" / f"{picture}.png"
+        if f"{prefix}_least" not in metrics or not path.is_file():
+            continue
+        names = {
+            "cross_entropy": "cross-entropy a cell, nats",
+            "with_other_instructions": "with another frame's instruction",
+            "least": "least possible",
+        }
+        rows = [[text, number(metrics[f"{prefix}_{name}"])] for name, text in names.items()]
+        parts.append(
+            f"<h2>Grounding, on {where}</h2><p>Where each instruction is expected to have changed the picture by "
+            "the end of the clip, learned without actions.</p>"
+            + table(["metric", "value"], rows)
+            + image(path.read_bytes(), "frames, where they are expected to change, where they do")
+        )
+    return "".join(parts)
 
 
 def interval_text(metrics: dict, name: str) -> str:

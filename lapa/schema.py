@@ -791,6 +791,7 @@ class GroundConfig:
     output_dir: str = MISSING
     data: str | None = None
     mixture: list[MixturePart] = field(default_factory=list)  # several data sets, in place of data: docs/mixtures.md
+    test_data: str | None = None  # another data set that it is measured on and drawn for, such as the demonstrations
     text: TextEncoder = MISSING
     width: int = 128  # of the backbone that it is for
     image_size: int = 64

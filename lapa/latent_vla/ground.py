@@ -1,7 +1,7 @@
 """Stage `ground`: the image tokenizer and the text encoder learn from video what an instruction is about.
 
 Writes config.json, model.safetensors, log.jsonl, metrics.json and images/changes.png: frames, where they are expected
-to change, where they do.
+to change, where they do; with test_data the same of another data set, as test_* and images/test_changes.png.
 """
 
 import textwrap
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lapa import distributed
 from lapa.checkpoint import save_model, write_json
+from lapa.data import FrameStore, open_frames
 from lapa.latent_vla.grounding import GroundingModel, changes
 from lapa.latent_vla.pretrain import (
     CURVE_EVERY_LOGS,
@@ -45,11 +46,10 @@ def run(cfg: GroundConfig) -> dict:
     model = GroundingModel(cfg.text, cfg.width)
     model.text_encoder.fit([store.instructions[episode] for episode in train_episodes], training.seed)
     of_frame = store.episode_of_frame()
-    last_N = np.asarray(store.episode_offsets)[1:][of_frame] - 1
     train_frames, held_out_frames = (np.flatnonzero(np.isin(of_frame, e)) for e in (train_episodes, held_out_episodes))
     held_out_frames = np.random.default_rng(0).permutation(held_out_frames)[:MAX_EVALUATION_FRAMES]
     choose = mixture.sampler(train_frames)
-    inputs = Inputs(store, model.text_encoder.encode_text(store.instructions), compute.device, last_N)
+    inputs = inputs_of(store, model, compute)
 
     def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, np.ndarray]:
         frames = train_frames[choose(rng, training.batch_size)][distributed.shard(training.batch_size)]
@@ -74,7 +74,13 @@ def run(cfg: GroundConfig) -> dict:
     if not distributed.is_main():
         return {}
     numbers = measure(model, inputs, held_out_frames, cfg.full_change, compute)
-    draw(model, inputs, held_out_frames[:NUM_PICTURED_FRAMES], cfg.full_change, compute, output_dir / "images")
+    images = output_dir / "images"
+    draw(model, inputs, held_out_frames[:NUM_PICTURED_FRAMES], cfg.full_change, compute, images / "changes.png")
+    if cfg.test_data is not None:
+        test = inputs_of(open_frames(cfg.test_data, cfg.image_size, cfg.cache_dir), model, compute)
+        frames = np.random.default_rng(0).permutation(test.store.num_frames)[:MAX_EVALUATION_FRAMES]
+        numbers |= measure(model, test, frames, cfg.full_change, compute, "test")
+        draw(model, test, frames[:NUM_PICTURED_FRAMES], cfg.full_change, compute, images / "test_changes.png")
     write_json(
         output_dir / "metrics.json",
         {"num_train_frames": len(train_frames), "num_held_out_frames": len(held_out_frames), **numbers},
@@ -85,22 +91,33 @@ def run(cfg: GroundConfig) -> dict:
     return numbers
 
 
+def inputs_of(store: FrameStore, model: GroundingModel, compute: Compute) -> Inputs:
+    """Every frame with its clip's last one behind it."""
+    last_N = np.asarray(store.episode_offsets)[1:][store.episode_of_frame()] - 1
+    return Inputs(store, model.text_encoder.encode_text(store.instructions), compute.device, last_N)
+
+
 @torch.no_grad()
 def measure(
-    model: GroundingModel, inputs: Inputs, frames: np.ndarray, full_change: float, compute: Compute
+    model: GroundingModel,
+    inputs: Inputs,
+    frames: np.ndarray,
+    full_change: float,
+    compute: Compute,
+    prefix: str = "held_out",
 ) -> dict[str, float]:
     """Cross-entropy a cell in nats; the same with another frame's instruction; and its least, that of the targets.
 
     The second minus the first is what the instruction tells.
     """
-    sums = {"held_out_cross_entropy": 0.0, "held_out_with_other_instructions": 0.0, "held_out_least": 0.0}
+    sums = dict.fromkeys((f"{prefix}_{name}" for name in ("cross_entropy", "with_other_instructions", "least")), 0.0)
     for start in range(0, len(frames), EVALUATION_BATCH):
         images_B6HW, ids_BW, _ = inputs.read(frames[start : start + EVALUATION_BATCH])
         present_BCHW, wanted_BP = images_B6HW[:, :3], changes(images_B6HW[:, :3], images_B6HW[:, 3:], full_change)
         with compute.autocast():
             own_BP, other_BP = model(present_BCHW, ids_BW), model(present_BCHW, ids_BW.roll(1, 0))
         least_BP = torch.special.entr(wanted_BP) + torch.special.entr(1 - wanted_BP)
-        sums["held_out_least"] += float(least_BP.mean(1).sum())
+        sums[f"{prefix}_least"] += float(least_BP.mean(1).sum())
         for name, logits_BP in zip(sums, (own_BP, other_BP), strict=False):
             loss_BP = F.binary_cross_entropy_with_logits(logits_BP.float(), wanted_BP, reduction="none")
             sums[name] += float(loss_BP.mean(1).sum())
@@ -109,9 +126,9 @@ def measure(
 
 @torch.no_grad()
 def draw(
-    model: GroundingModel, inputs: Inputs, frames: np.ndarray, full_change: float, compute: Compute, folder: Path
+    model: GroundingModel, inputs: Inputs, frames: np.ndarray, full_change: float, compute: Compute, path: Path
 ) -> None:
-    """Write changes.png: a column a frame."""
+    """Write a picture with a column a frame."""
     from matplotlib.figure import Figure
 
     images_B6HW, ids_BW, _ = inputs.read(frames)
@@ -132,5 +149,5 @@ def draw(
                 axes[row, column].set_title(name, fontsize=7, loc="left")
     for each in axes.flat:
         each.axis("off")
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "changes.png", dpi=100, bbox_inches="tight")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, bbox_inches="tight")

@@ -48,7 +48,13 @@ def test_the_grounding_is_shown_where_the_videos_are(tmp_path):
     run(ReportConfig(run_dir=str(tmp_path / "run")))
     page = (tmp_path / "run" / "report.html").read_text()
     assert base64.b64encode(b"\x89PNG the picture").decode() in page
-    assert "0.125" in page and "0.25" in page and "0.0625" in page
+    assert "0.125" in page and "0.25" in page and "0.0625" in page and "test_data" not in page
+    (grounding / "images" / "test_changes.png").write_bytes(b"\x89PNG another")
+    tested = {"test_cross_entropy": 5.5, "test_with_other_instructions": 5.25, "test_least": 0.03125}
+    (grounding / "metrics.json").write_text(json.dumps(numbers | tested))
+    run(ReportConfig(run_dir=str(tmp_path / "run")))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert base64.b64encode(b"\x89PNG another").decode() in page and "0.03125" in page
 
 
 def test_tables_say_in_every_form_what_the_page_shows(tmp_path):

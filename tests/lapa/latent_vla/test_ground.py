@@ -79,9 +79,12 @@ def test_a_mixture_of_one_gives_the_numbers_of_the_plain_run(two_squares, ground
     part = MixturePart(path=str(two_squares))
     mixed = replace(short, output_dir=str(tmp_path / "mixed"), data=None, mixture=[part])
     assert ground.run(mixed) == ground.run(short)
-    both = replace(mixed, output_dir=str(tmp_path / "both"), mixture=[part, replace(part, weight=3.0)])
-    ground.run(both)
-    assert read_json(tmp_path / "both" / "metrics.json")["num_train_frames"] == 2 * 192
+    parts = [part, replace(part, weight=3.0)]
+    ground.run(replace(mixed, output_dir=str(tmp_path / "both"), mixture=parts, test_data=str(two_squares)))
+    metrics = read_json(tmp_path / "both" / "metrics.json")
+    assert metrics["num_train_frames"] == 2 * 192
+    assert metrics["test_least"] == 0 < metrics["test_cross_entropy"] != metrics["held_out_cross_entropy"]
+    assert (tmp_path / "both" / "images" / "test_changes.png").stat().st_size > 1000
 
 
 def test_what_changes_is_told_by_cell():
