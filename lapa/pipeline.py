@@ -247,12 +247,11 @@ def with_demos(
 def of_demos(config: RunConfig, label: LabelConfig) -> LabelConfig:
     """The same labels for the demonstrations: shuffled among themselves, clusters being those of the videos."""
     demos = with_demos(config, label.data)[1].path
-    labels = {
-        "quantizer": None,
-        "shuffled": f"{label.labels}{DEMOS}",
-        "pixel_differences": label.output_dir,
-        "actions": label.output_dir,
-    }[label.source]
+    labels = None
+    if label.source == "shuffled":
+        labels = f"{label.labels}{DEMOS}"
+    elif label.source != "quantizer":
+        labels = label.output_dir
     action_data = demos if label.source == "actions" else None
     return replace(label, data=demos, labels=labels, action_data=action_data, output_dir=f"{label.output_dir}{DEMOS}")
 

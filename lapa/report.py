@@ -177,6 +177,11 @@ def grounding_section(folder: Path) -> str:
     if not (folder / "metrics.json").is_file():
         return ""
     metrics, parts = read_json(folder / "metrics.json"), []
+    names = {
+        "cross_entropy": "cross-entropy a cell, nats",
+        "with_other_instructions": "with another frame's instruction",
+        "least": "least possible",
+    }
     for prefix, picture, where in (
         ("held_out", "changes", "held-out episodes"),
         ("test", "test_changes", "ground.test_data"),
@@ -184,11 +189,6 @@ def grounding_section(folder: Path) -> str:
         path = folder / "images" / f"{picture}.png"
         if f"{prefix}_least" not in metrics or not path.is_file():
             continue
-        names = {
-            "cross_entropy": "cross-entropy a cell, nats",
-            "with_other_instructions": "with another frame's instruction",
-            "least": "least possible",
-        }
         rows = [[text, number(metrics[f"{prefix}_{name}"])] for name, text in names.items()]
         parts.append(
             f"<h2>Grounding, on {where}</h2><p>Where each instruction is expected to have changed the picture by "

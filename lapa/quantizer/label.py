@@ -196,7 +196,7 @@ def find_centres(cfg: LabelConfig, pairs: FramePairs, describe: Callable[[np.nda
 def load_centres(cfg: LabelConfig) -> Tensor:
     """Centres (K, C) of another data set's labels; ValueError where they are of another source."""
     assert cfg.labels is not None
-    source = read_json(Path(cfg.labels) / "labels.json")["source"]
+    source = read_meta(cfg.labels)["source"]
     tensors = load_file(Path(cfg.labels) / LABELS_FILE)
     if source != cfg.source or "centres" not in tensors:
         raise ValueError(
@@ -253,19 +253,24 @@ def read_gate(quantizer: str, evaluation: str | None) -> dict:
     return metrics["gate"]
 
 
+def read_meta(folder: str | Path) -> dict:
+    """labels.json of a folder; ValueError where there is none."""
+    path = Path(folder) / "labels.json"
+    if not path.is_file():
+        raise ValueError(f"no labels.json in {folder}: expected a folder written by `lapa label`")
+    return read_json(path)
+
+
 def load_labels(folder: str | Path, store: FrameStore) -> Labels:
     """The labels in `folder`; ValueError where there are none, or they were made from other frames."""
-    folder = Path(folder)
-    if not (folder / "labels.json").is_file():
-        raise ValueError(f"no labels.json in {folder}: expected a folder written by `lapa label`")
-    meta = read_json(folder / "labels.json")
+    meta = read_meta(folder)
     if meta["store_fingerprint"] != store.fingerprint:
         raise ValueError(
             f"the labels in {folder} belong to a data set of {meta['num_frames']} frames (fingerprint "
             f"{meta['store_fingerprint']}), the data in {store.folder} have {store.num_frames} (fingerprint "
             f"{store.fingerprint}): run `lapa label` on these data"
         )
-    tensors = load_file(folder / LABELS_FILE)
+    tensors = load_file(Path(folder) / LABELS_FILE)
     return Labels(
         latent_action=tensors["latent_action"].numpy(),
         is_valid=tensors["is_valid"].numpy(),

@@ -223,6 +223,8 @@ def test_clusters_of_one_data_set_label_another(labelled, other_discs, tmp_path)
     assert torch.equal(*centres) and len(centres[0]) == 16
     with pytest.raises(ValueError, match="are of source=quantizer and lack centres, expected those of source=pixel"):
         label.run(replace(options, labels=str(labelled[0]), output_dir=str(tmp_path / "bad")))
+    with pytest.raises(ValueError, match=r"no labels.json in .*absent: expected a folder written by `lapa label`"):
+        label.run(replace(options, labels=str(tmp_path / "absent"), output_dir=str(tmp_path / "bad")))
 
 
 def test_a_source_that_is_unknown_or_lacks_its_actions_is_refused(labelled, tmp_path):
