@@ -35,8 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lapa.backbones.base import IMAGE, NO_BLOCK, TEXT, Cache, Layout, build_backbone
 from lapa.latent_vla.diffusion import NoiseProcess, Predict
+from lapa.latent_vla.objectives import draw_frames
 from lapa.latent_vla.patches import to_images, to_patches
-from lapa.latent_vla.pretrain import draw_frames
 from lapa.latent_vla.transfusion import FrameDenoiser, extend, run_in_order
 from lapa.metrics import psnr_db
 from lapa.runtime import Compute
