@@ -759,7 +759,9 @@ class FutureFrame:
 
     weight: float = 0.0  # 0: off; of the denoising loss beside the latent tokens' cross-entropy, 5 in the paper
     process: str = "diffusion"  # diffusion (DDPM, cosine schedule) | flow (flow matching)
-    predicts: str = "data"  # data (the clean frame: few steps suffice) | papers (the noise; of flow the velocity)
+    # data (the clean frame: few steps suffice) | change (the same, as what is added to the present frame) |
+    # papers (the noise; of flow the velocity)
+    predicts: str = "data"
     image_size: int = 32  # pixels that the frame is resized to, to be denoised
     patches: str = "linear"  # linear (one matrix) | unet (convolutions and skip connections around the trunk)
     patch_size: int = 8  # pixels of the side of a token's patch

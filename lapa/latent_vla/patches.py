@@ -44,6 +44,14 @@ class Patches(nn.Module):
         """A prediction (B, out_channels, H, W)."""
         raise NotImplementedError
 
+    def start_at_zero(self) -> None:
+        """Let the prediction be zero at first, whatever the hidden states are."""
+        for parameter in self.last_layer().parameters():
+            nn.init.zeros_(parameter)
+
+    def last_layer(self) -> nn.Module:
+        raise NotImplementedError
+
 
 class LinearPatches(Patches):
     """One matrix in and one out."""
@@ -58,6 +66,9 @@ class LinearPatches(Patches):
 
     def read(self, hidden_BPD: Tensor, time_BD: Tensor, skips: list[Tensor]) -> Tensor:
         return to_images(self.output(hidden_BPD), self.patch_size, self.side)
+
+    def last_layer(self) -> nn.Module:
+        return self.output
 
 
 class UNetPatches(Patches):
@@ -100,6 +111,9 @@ class UNetPatches(Patches):
             x_BCHW = F.interpolate(x_BCHW, scale_factor=2, mode="nearest")
             x_BCHW = block(merge(torch.cat([x_BCHW, skip_BCHW], dim=1)), time_BD)
         return self.last(F.silu(self.last_norm(x_BCHW)))
+
+    def last_layer(self) -> nn.Module:
+        return self.last
 
 
 def to_patches(images_BCHW: Tensor, patch_size: int) -> Tensor:

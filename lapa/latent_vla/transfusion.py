@@ -46,9 +46,16 @@ class FrameDenoiser(nn.Module):
                 f"the noise of a patch is {noise_numbers} numbers, which do not pass through tokens of width {width}: "
                 "choose a smaller future_frame.patch_size, patches=unet, or predicts=data"
             )
-        self.process = build_noise_process(config.process, config.predicts)
+        self.adds_condition = config.predicts == "change"
+        if self.adds_condition and condition_channels != 3:
+            raise ValueError(
+                "future_frame.predicts=change needs the present frame beside the noised one; predicts=data does not"
+            )
+        self.process = build_noise_process(config.process, "data" if self.adds_condition else config.predicts)
         self.time = TimeEmbedding(width)
         self.patches = build_patches(config, width, in_channels=3 + condition_channels)
+        if self.adds_condition:  # at first nothing changes
+            self.patches.start_at_zero()
         self.begin = nn.Parameter(torch.randn(width))
         self.end = nn.Parameter(torch.randn(width))
 
@@ -69,7 +76,13 @@ class FrameDenoiser(nn.Module):
         given_BCHW = noised_BCHW if condition_BCHW is None else torch.cat([noised_BCHW, condition_BCHW], dim=1)
         time_BD = self.time(time_B)
         tokens_BPD, skips = self.patches.embed(given_BCHW, time_BD)
-        return tokens_BPD, lambda hidden_BPD: self.patches.read(hidden_BPD, time_BD, skips).float()
+        present_BCHW = condition_BCHW if self.adds_condition else None
+
+        def read(hidden_BPD: Tensor) -> Tensor:
+            out_BCHW = self.patches.read(hidden_BPD, time_BD, skips).float()
+            return out_BCHW if present_BCHW is None else present_BCHW + out_BCHW
+
+        return tokens_BPD, read
 
     def enclose(self, patches_BPD: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, P + 2, D) with begin and end, their modality ids and their block ids, both (B, P + 2) int64."""

@@ -7,6 +7,7 @@ from lapa.data import read_store, to_float
 from lapa.latent_vla import pretrain
 from lapa.latent_vla.model import VisionLanguageTrunk
 from lapa.latent_vla.planner import FramePlanner
+from lapa.latent_vla.transfusion import FrameDenoiser
 from lapa.schema import FutureFrame, WordText
 from tests.lapa.latent_vla.conftest import EPISODE_LENGTH
 from tests.lapa.latent_vla.test_pretrain import BACKBONE, config
@@ -48,8 +49,22 @@ def test_the_same_observation_gives_the_same_plan_wherever_it_is_in_the_batch(gu
     assert not torch.allclose(sampled[0], sampled[2], atol=1e-3)
 
 
+@pytest.mark.parametrize("patches", ["linear", "unet"])
+def test_a_planner_of_changes_begins_by_planning_that_nothing_changes(patches):
+    model = planner(predicts="change", patches=patches, unet_channels=8).eval()
+    images, ids = inputs(model, ["go left", "go right"])
+    assert torch.allclose(model.imagine(images, ids), (model.frame.shrink(images) + 1) / 2, atol=1e-6)
+    loss, _ = model.loss(images, ids, images, torch.Generator().manual_seed(2))
+    assert float(loss) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_change_needs_a_present_frame_to_be_added_to():
+    with pytest.raises(ValueError, match="predicts=change needs the present frame beside the noised one"):
+        FrameDenoiser(32, FutureFrame(predicts="change"))
+
+
 def test_pretraining_learns_where_the_instruction_sends_the_square(tmp_path, toy_store):
-    frame = FutureFrame(image_size=16, patch_size=4, num_sampling_steps=8, condition_dropout=0.0)
+    frame = FutureFrame(image_size=16, patch_size=4, num_sampling_steps=8, condition_dropout=0.0, predicts="change")
     cfg = config(tmp_path, toy_store, predict="frame", num_steps=200, future_frame=frame, frame_gap_s=0.2)
     numbers = pretrain.run(cfg)
     assert numbers["future_frame_planned_psnr_db"] > numbers["future_frame_copy_psnr_db"]
