@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError, web
 
-from lapa.schema import Embodiment, ExportConfig, ServeConfig
+from lapa.schema import Embodiment, ExportConfig, Runtime, ServeConfig
 from policies import export
 from policies.serving import server as server_module
 from policies.serving.client import PolicyClient
@@ -393,12 +393,31 @@ def test_the_client_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("exported", [False, True])
-def test_a_policy_folder_is_served_until_it_is_told_to_stop(policy_folder, tmp_path, exported):
-    if exported:
-        pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
-        export.run(ExportConfig(str(tmp_path), str(policy_folder)))
+def check_first_actions(client: PolicyClient) -> None:
+    """A policy answers with as many actions as it says, within the tabletop's limits."""
+    (image,) = (name for name in client.metadata["inputs"] if "image" in name)
+    actions = client.actions({image: np.zeros((48, 64, 3), np.uint8)}, "go to the red moon")
+    assert actions.shape == tuple(client.metadata["action_shape"]) and (np.abs(actions) <= 0.03).all()
+
+
+def test_an_exported_policy_is_served(policy_folder, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export.run(ExportConfig(str(tmp_path), str(policy_folder)))
+    servers = []
+
+    async def remember(server, cfg):
+        servers.append(server)
+        return {}
+
+    monkeypatch.setattr(server_module, "serve_until_signal", remember)
+    limits = Embodiment(action_low=[-0.03] * 2, action_high=[0.03] * 2)
+    server_module.run(config(policy=str(tmp_path), embodiment=limits, runtime=Runtime(device="cpu", num_threads=1)))
+    with serving_thread(policy=servers[0].policy, embodiment=limits) as (_, port), PolicyClient(port=port) as client:
+        check_first_actions(client)
+
+
+def test_a_policy_folder_is_served_until_it_is_told_to_stop(policy_folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -408,7 +427,7 @@ def test_a_policy_folder_is_served_until_it_is_told_to_stop(policy_folder, tmp_p
             "-m",
             "lapa.cli",
             "serve",
-            f"policy={tmp_path if exported else policy_folder}",
+            f"policy={policy_folder}",
             "embodiment=tabletop",
             f"port={port}",
             "runtime.num_threads=1",
@@ -420,10 +439,7 @@ def test_a_policy_folder_is_served_until_it_is_told_to_stop(policy_folder, tmp_p
     try:
         assert any("serving lapa on" in line for line in process.stdout)
         with PolicyClient(port=port, timeout_s=20) as client:
-            (image,) = (name for name in client.metadata["inputs"] if "image" in name)
-            frame = np.zeros((48, 64, 3), np.uint8)
-            actions = client.actions({image: frame}, "go to the red moon")
-            assert actions.shape == tuple(client.metadata["action_shape"]) and (np.abs(actions) <= 0.03).all()
+            check_first_actions(client)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:
