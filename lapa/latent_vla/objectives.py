@@ -1,7 +1,7 @@
 """What a trunk is pretrained on: latent actions (codes or numbers), true or pseudo actions, or the frame a gap ahead.
 
 Each function reads its targets, builds the model and says how it is trained, measured and described in config.json;
-the stage `pretrain` chooses one and runs it.
+`build_objective` chooses one, the stage `pretrain` runs it.
 
 Shapes: N frames of the data, B batch, T steps of a chunk, L codes of a latent action, K codebook size, A actions.
 """
