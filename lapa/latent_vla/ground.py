@@ -17,14 +17,14 @@ from lapa import distributed
 from lapa.checkpoint import save_model, write_json
 from lapa.data import FrameStore, open_frames
 from lapa.latent_vla.grounding import GroundingModel, changes
-from lapa.latent_vla.objectives import NUM_PICTURED_FRAMES
-from lapa.latent_vla.pretrain import (
+from lapa.latent_vla.inputs import (
     CURVE_EVERY_LOGS,
     EVALUATION_BATCH,
     MAX_EVALUATION_FRAMES,
     NUM_CURVE_FRAMES,
     Inputs,
 )
+from lapa.latent_vla.objectives import NUM_PICTURED_FRAMES
 from lapa.latent_vla.vision import FEATURE_STRIDE
 from lapa.mixture import open_mixture
 from lapa.runtime import Compute, setup

@@ -20,20 +20,21 @@ from torch import Tensor, nn
 from lapa import distributed
 from lapa.backbones.upcycle import initial_state
 from lapa.checkpoint import save_model, write_json
-from lapa.data import FrameStore, to_float
 from lapa.latent_vla.grounding import start_grounded
+from lapa.latent_vla.inputs import (
+    CURVE_EVERY_LOGS,
+    EVALUATION_BATCH,
+    MAX_EVALUATION_FRAMES,
+    NUM_CURVE_FRAMES,
+    Inputs,
+)
 from lapa.latent_vla.model import build_trunk
 from lapa.latent_vla.objectives import Objective, build_objective
-from lapa.latent_vla.vision import random_shift
 from lapa.mixture import open_mixture
 from lapa.runtime import Compute, setup
 from lapa.schema import PretrainConfig
 from lapa.trainer import finish, fit
 
-EVALUATION_BATCH = 256
-MAX_EVALUATION_FRAMES = 4096
-NUM_CURVE_FRAMES = 512  # held-out frames behind each point of the training curve
-CURVE_EVERY_LOGS = 10
 NUM_IMAGINED_FRAMES = 128  # held-out frames whose future is sampled
 
 
@@ -127,29 +128,6 @@ def start_from(folder: str, cfg: PretrainConfig, model: nn.Module) -> None:
         raise ValueError(
             f"init_from={folder} is of another model than these options describe; only the backbone may differ: {error}"
         ) from None
-
-
-class Inputs:
-    """Images and text ids (E, W) of the episodes, by frame, on the device."""
-
-    def __init__(self, store: FrameStore, ids_EW: Tensor, device: torch.device, future_N: np.ndarray | None = None):
-        self.store, self.device, self.ids_EW, self.future_N = store, device, ids_EW, future_N
-        self.episode_of_frame = store.episode_of_frame()
-
-    def read(
-        self, frames: np.ndarray, shift_pixels: int = 0, generator: np.random.Generator | None = None
-    ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Images (B, 3, S, S) in [0, 1], text ids (B, W) and the frame indices themselves.
-
-        Where there is a future frame, images are (B, 6, S, S): it comes behind, and is shifted with the present one.
-        """
-        pixels = self.store.frames[frames]
-        if self.future_N is not None:
-            pixels = np.concatenate([pixels, self.store.frames[self.future_N[frames]]], axis=-1)
-        if generator is not None:
-            pixels = random_shift(pixels, shift_pixels, generator)
-        ids_BW = self.ids_EW[self.episode_of_frame[frames]]
-        return to_float(pixels, self.device), ids_BW.to(self.device), frames
 
 
 @torch.no_grad()

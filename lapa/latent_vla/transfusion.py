@@ -40,6 +40,8 @@ class FrameDenoiser(nn.Module):
 
     def __init__(self, width: int, config: schema.FutureFrame, condition_channels: int = 0):
         super().__init__()
+        if config.predicts not in ("data", "papers", "change"):
+            raise ValueError(f"future_frame.predicts is {config.predicts!r}, expected data, papers or change")
         noise_numbers = 3 * config.patch_size**2
         if config.predicts == "papers" and config.patches == "linear" and noise_numbers > width:
             raise ValueError(

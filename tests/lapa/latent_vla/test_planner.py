@@ -61,6 +61,8 @@ def test_a_planner_of_changes_begins_by_planning_that_nothing_changes(patches):
 def test_a_change_needs_a_present_frame_to_be_added_to():
     with pytest.raises(ValueError, match="predicts=change needs the present frame beside the noised one"):
         FrameDenoiser(32, FutureFrame(predicts="change"))
+    with pytest.raises(ValueError, match="future_frame.predicts is 'noise', expected data, papers or change"):
+        FrameDenoiser(32, FutureFrame(predicts="noise"))
 
 
 def test_pretraining_learns_where_the_instruction_sends_the_square(tmp_path, toy_store):
