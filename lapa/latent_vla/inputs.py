@@ -1,4 +1,4 @@
-"""What the stages `ground` and `pretrain` read: images and instructions by frame, and how many frames they measure on."""
+"""What the stages `ground` and `pretrain` read, images and instructions by frame, and on how many they measure."""
 
 import numpy as np
 import torch

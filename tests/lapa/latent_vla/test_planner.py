@@ -61,7 +61,7 @@ def test_a_planner_of_changes_begins_by_planning_that_nothing_changes(patches):
 def test_a_change_needs_a_present_frame_to_be_added_to():
     with pytest.raises(ValueError, match="predicts=change needs the present frame beside the noised one"):
         FrameDenoiser(32, FutureFrame(predicts="change"))
-    with pytest.raises(ValueError, match="future_frame.predicts is 'noise', expected data, papers or change"):
+    with pytest.raises(ValueError, match=r"future_frame\.predicts is 'noise', expected data, papers or change"):
         FrameDenoiser(32, FutureFrame(predicts="noise"))
 
 
