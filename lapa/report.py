@@ -64,6 +64,7 @@ def run(config: ReportConfig) -> dict:
         rollout_section(run_dir / "evaluate"),
         quantizer_section(video_dir / "quantizer"),
         grounding_section(video_dir / "grounding"),
+        keypoints_section(run_dir, video_dir),
         curves_section(run_dir, video_dir),
         provenance_section(run_dir),
     ]
@@ -197,6 +198,22 @@ def grounding_section(folder: Path) -> str:
             + image(path.read_bytes(), "frames, where they are expected to change, where they do")
         )
     return "".join(parts)
+
+
+def keypoints_section(run_dir: Path, video_dir: Path) -> str:
+    """Of the first seed of every arm."""
+    found = {path for folder in (video_dir, run_dir) for path in folder.glob("pretrain/*/images/keypoints.png")}
+    pictures: dict[str, tuple[str, Path]] = {}
+    for name, path in sorted((path.parent.parent.name, path) for path in found):
+        pictures.setdefault(name.rpartition("-seed")[0], (name, path))
+    if not pictures:
+        return ""
+    shown = (f"<h3>{escape(name)}</h3>" + image(path.read_bytes(), name) for name, path in pictures.values())
+    return (
+        "<h2>Keypoints after pretraining</h2><p>Where they look in held-out frames. Circles began where grounding "
+        "expects a change, crosses anywhere. A policy that finds the named object has keypoints on it.</p>"
+        + "".join(shown)
+    )
 
 
 def interval_text(metrics: dict, name: str) -> str:

@@ -6,10 +6,11 @@ knows the demonstrations alone: VPT (arXiv 2206.11795). With future_frame.weight
 denoised too, in the same sequence (lapa/latent_vla/transfusion.py). predict=frame denoises the future frame alone: the
 planner of UniPi (lapa/latent_vla/planner.py).
 
-Writes config.json, model.safetensors, log.jsonl and metrics.json; of a model that denoises also
-images/future_frames.png.
+Writes config.json, model.safetensors, log.jsonl, metrics.json and, of a tokenizer of keypoints, images/keypoints.png:
+where they look in held-out frames; of a model that denoises also images/future_frames.png.
 """
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from lapa.latent_vla.inputs import (
     NUM_CURVE_FRAMES,
     Inputs,
 )
-from lapa.latent_vla.model import build_trunk
-from lapa.latent_vla.objectives import Objective, build_objective
+from lapa.latent_vla.model import VisionLanguageTrunk, build_trunk
+from lapa.latent_vla.objectives import NUM_PICTURED_FRAMES, Objective, build_objective
+from lapa.latent_vla.vision import NUM_GROUNDED_KEYPOINTS, KeypointTokenizer
 from lapa.mixture import open_mixture
 from lapa.runtime import Compute, setup
 from lapa.schema import PretrainConfig
@@ -94,6 +96,7 @@ def run(cfg: PretrainConfig) -> dict:
         with compute.autocast():
             batch = inputs.read(held_out_frames[:NUM_IMAGINED_FRAMES])
             numbers |= objective.imagine(*batch, output_dir / "images")
+    draw_keypoints(trunk, inputs, held_out_frames[:NUM_PICTURED_FRAMES], compute, output_dir / "images")
     write_json(
         output_dir / "metrics.json",
         {
@@ -141,3 +144,36 @@ def evaluate(objective: Objective, inputs: Inputs, frames: np.ndarray, compute: 
             sums[name] = sums.get(name, 0.0) + float(value)
     means = {name: value / len(frames) for name, value in sums.items()}
     return means | objective.derive(means)
+
+
+@torch.no_grad()
+def draw_keypoints(
+    trunk: VisionLanguageTrunk, inputs: Inputs, frames: np.ndarray, compute: Compute, folder: Path
+) -> None:
+    """Write keypoints.png, numbered on a column a frame; nothing for tokenizers without keypoints.
+
+    Those that `lapa ground` began are circles: where all of them lie on the robot, none looks for the object.
+    """
+    from matplotlib.figure import Figure
+
+    tokenizer = trunk.image_tokenizer
+    if not isinstance(tokenizer, KeypointTokenizer):
+        return
+    images_BCHW, ids_BW, _ = inputs.read(frames)
+    images_B3HW = images_BCHW[:, :3]
+    with compute.autocast():
+        xy_BI2 = tokenizer.places(images_B3HW, trunk.text_encoder(ids_BW).summary_BD)
+    pixels_BI2 = ((xy_BI2 + 1) / 2 * images_B3HW.shape[-1] - 0.5).cpu()
+    figure = Figure(figsize=(2.4 * len(frames), 3.0))
+    for column, (image_3HW, pixels_I2, frame) in enumerate(zip(images_B3HW.cpu(), pixels_BI2, frames, strict=True)):
+        axes = figure.add_subplot(1, len(frames), column + 1)
+        axes.imshow(image_3HW.permute(1, 2, 0).numpy())
+        for keypoint, (x, y) in enumerate(pixels_I2.tolist()):
+            marker = "o" if keypoint < NUM_GROUNDED_KEYPOINTS else "x"
+            axes.plot(x, y, marker, color=f"C{keypoint % 10}", markersize=5, markerfacecolor="none")
+            axes.annotate(str(keypoint), (x, y), fontsize=6, xytext=(2, 2), textcoords="offset points")
+        instruction = inputs.store.instructions[inputs.episode_of_frame[frame]]
+        axes.set_title(textwrap.fill(instruction, 26), fontsize=7)
+        axes.axis("off")
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "keypoints.png", dpi=110, bbox_inches="tight")

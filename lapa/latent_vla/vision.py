@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 FEATURE_STRIDE = 4
 NUM_KEYPOINTS = 16
+NUM_GROUNDED_KEYPOINTS = NUM_KEYPOINTS // 2  # the first ones, where there is a grounding
 NUM_FREQUENCIES = 4
 SHARPNESS = 6.0  # standard deviation of a keypoint's weights at first, times the root of their number
 GROUNDED_GAIN = 2.0  # how much sharper a keypoint looks than the map of changes that it begins as
@@ -123,16 +124,22 @@ class KeypointTokenizer(nn.Module):
         self.identity = nn.Parameter(torch.randn(NUM_KEYPOINTS, width) * 0.5)
 
     def forward(self, images_BCHW: Tensor, instruction_BD: Tensor) -> Tensor:
+        xy_BI2 = self.places(images_BCHW, instruction_BD)
+        with torch.autocast(images_BCHW.device.type, enabled=False):
+            return self.position(xy_BI2) + self.identity
+
+    def places(self, images_BCHW: Tensor, instruction_BD: Tensor) -> Tensor:
+        """Where each map looks: x and y (B, I, 2) in [-1, 1], right and down."""
         features_BCHW = self.stem(images_BCHW, instruction_BD)
         # Float32: bfloat16 would round positions to a tenth of a pixel and more.
         with torch.autocast(images_BCHW.device.type, enabled=False):
             weights_BIP = self.maps(features_BCHW.float(), instruction_BD.float()).softmax(-1)
-            return self.position(weights_BIP @ self.xy_P2) + self.identity
+            return weights_BIP @ self.xy_P2
 
     @torch.no_grad()
     def look_for(self, maps: InstructedMaps) -> None:
         """Let half of the maps begin where another, trained one looks (`lapa ground`), each a little beside it."""
-        channels, half = self.maps.plain.in_channels, NUM_KEYPOINTS // 2
+        channels, half = self.maps.plain.in_channels, NUM_GROUNDED_KEYPOINTS
         beside_KC11 = self.maps.plain.weight[:half] / SHARPNESS
         self.maps.plain.weight[:half] = beside_KC11 + GROUNDED_GAIN * maps.plain.weight
         self.maps.query.weight[: half * channels] = GROUNDED_GAIN * maps.query.weight.repeat(half, 1)

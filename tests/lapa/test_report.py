@@ -57,6 +57,17 @@ def test_the_grounding_is_shown_where_the_videos_are(tmp_path):
     assert base64.b64encode(b"\x89PNG another").decode() in page and "0.03125" in page
 
 
+def test_the_keypoints_of_the_first_seed_of_every_arm_are_shown(tmp_path):
+    for place in ("videos/pretrain/lapa-seed0", "videos/pretrain/lapa-seed1", "run/pretrain/vpt-seed2"):
+        (tmp_path / place / "images").mkdir(parents=True)
+        (tmp_path / place / "images" / "keypoints.png").write_bytes(b"\x89PNG " + place.encode())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"video_dir": str(tmp_path / "videos")}))
+    run(ReportConfig(run_dir=str(tmp_path / "run")))
+    page = (tmp_path / "run" / "report.html").read_text()
+    shown = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert shown == [b"\x89PNG videos/pretrain/lapa-seed0", b"\x89PNG run/pretrain/vpt-seed2"]
+
+
 def test_tables_say_in_every_form_what_the_page_shows(tmp_path):
     write_run(tmp_path, {"scratch": 0.1, "vpt": 0.4, "lapa": 0.6, "action_vla": 0.8})
     results = run(ReportConfig(run_dir=str(tmp_path)))

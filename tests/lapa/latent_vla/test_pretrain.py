@@ -44,6 +44,7 @@ def test_latent_pretraining_learns_the_token_that_the_instruction_decides(tmp_pa
     assert (saved["target"], saved["num_codes"], saved["codebook_size"]) == ("latent", 2, 3)
     assert not (folder / "checkpoint").exists()
     assert "held_out_token_accuracy" in (folder / "log.jsonl").read_text()
+    assert (folder / "images" / "keypoints.png").stat().st_size > 1000
 
 
 def test_pretraining_tells_the_latent_actions_to_come(tmp_path, toy_store, toy_labels):

@@ -48,6 +48,15 @@ def test_keypoints_depend_on_the_instruction_and_the_grid_does_not():
         assert torch.allclose(one, other) is not depends
 
 
+def test_a_keypoint_is_right_and_down_of_the_centre(monkeypatch):
+    tokenizer = build_image_tokenizer("keypoints", 32, 32)
+    logits = torch.zeros(1, 16, 8, 8)
+    logits[:, :, 1, 7] = 100.0  # second row, last column
+    monkeypatch.setattr(tokenizer.maps, "forward", lambda features, instruction: logits.flatten(2))
+    places = tokenizer.places(torch.rand(1, 3, 32, 32), torch.randn(1, 32))
+    torch.testing.assert_close(places, torch.tensor([0.875, -0.625]).expand(1, 16, 2))
+
+
 def test_wrong_tokenizer_options_are_refused():
     with pytest.raises(ValueError, match=r"unknown image_tokenizer 'pixels'.*grid.*keypoints"):
         build_image_tokenizer("pixels", 64, 128)
