@@ -192,10 +192,10 @@ def grounding_section(folder: Path) -> str:
             continue
         rows = [[text, number(metrics[f"{prefix}_{name}"])] for name, text in names.items()]
         parts.append(
-            f"<h2>Grounding, on {where}</h2><p>Where each instruction is expected to have changed the picture by "
-            "the end of the clip, learned without actions.</p>"
+            f"<h2>Grounding, on {where}</h2><p>What is expected to leave its place by the end of the clip, and next, "
+            "learned without actions; the first without the second is the object that the instruction names.</p>"
             + table(["metric", "value"], rows)
-            + image(path.read_bytes(), "frames, where they are expected to change, where they do")
+            + image(path.read_bytes(), "frames, what is expected to leave its place, what does")
         )
     return "".join(parts)
 
@@ -211,8 +211,7 @@ def keypoints_section(run_dir: Path, video_dir: Path) -> str:
     shown = (f"<h3>{escape(name)}</h3>" + image(path.read_bytes(), name) for name, path in pictures.values())
     return (
         "<h2>Keypoints after pretraining</h2><p>Where they look in held-out frames. Circles began where grounding "
-        "expects a change, crosses anywhere. A policy that finds the named object has keypoints on it.</p>"
-        + "".join(shown)
+        "looks, 0 to 3 for all that moves, 4 to 7 for the object; crosses began anywhere.</p>" + "".join(shown)
     )
 
 

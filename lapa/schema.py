@@ -786,8 +786,8 @@ class HuggingFaceText(TextEncoder):
 class GroundConfig:
     """`lapa ground`: the image tokenizer learns from video what an instruction is about.
 
-    Every cell of a frame says whether it looks different in its clip's last frame. What is learned goes on to
-    `pretrain.grounding`, or with `finetune.grounding` straight to a policy.
+    Every cell of a frame says whether what is in it will have left by the clip's last frame, and a moment from now.
+    What is learned goes on to `pretrain.grounding`, or with `finetune.grounding` straight to a policy.
     """
 
     output_dir: str = MISSING
@@ -798,6 +798,7 @@ class GroundConfig:
     width: int = 128  # of the backbone that it is for
     image_size: int = 64
     full_change: float = 0.15  # mean absolute difference of a cell, of colours in [0, 1], that counts as changed
+    next_s: float = 0.3  # what leaves its cell within it moves by itself: the body; seconds, at least one frame
     random_shift_pixels: int = 0  # augmentation, zero: off
     holdout_fraction: float = 0.05
     cache_dir: str | None = None

@@ -1,7 +1,8 @@
 """Stage `ground`: the image tokenizer and the text encoder learn from video what an instruction is about.
 
-Writes config.json, model.safetensors, log.jsonl, metrics.json and images/changes.png: frames, where they are expected
-to change, where they do; with test_data the same of another data set, as test_* and images/test_changes.png.
+Writes config.json, model.safetensors, log.jsonl, metrics.json and images/changes.png: frames, what is expected to
+leave its cell by the end and next, what does, and where keypoints will look for the object; with test_data the same of
+another data set, as test_* and images/test_changes.png.
 """
 
 import textwrap
@@ -16,7 +17,7 @@ from torch import Tensor
 from lapa import distributed
 from lapa.checkpoint import save_model, write_json
 from lapa.data import FrameStore, open_frames
-from lapa.latent_vla.grounding import GroundingModel, changes
+from lapa.latent_vla.grounding import MAPS, GroundingModel, targets
 from lapa.latent_vla.inputs import (
     CURVE_EVERY_LOGS,
     EVALUATION_BATCH,
@@ -25,7 +26,7 @@ from lapa.latent_vla.inputs import (
     Inputs,
 )
 from lapa.latent_vla.objectives import NUM_PICTURED_FRAMES
-from lapa.latent_vla.vision import FEATURE_STRIDE
+from lapa.latent_vla.vision import BODY_SHARE, FEATURE_STRIDE, GROUNDED_GAIN
 from lapa.mixture import open_mixture
 from lapa.runtime import Compute, setup
 from lapa.schema import GroundConfig
@@ -49,16 +50,17 @@ def run(cfg: GroundConfig) -> dict:
     train_frames, held_out_frames = (np.flatnonzero(np.isin(of_frame, e)) for e in (train_episodes, held_out_episodes))
     held_out_frames = np.random.default_rng(0).permutation(held_out_frames)[:MAX_EVALUATION_FRAMES]
     choose = mixture.sampler(train_frames)
-    inputs = inputs_of(store, model, compute)
+    inputs = inputs_of(store, model, cfg.next_s, compute)
 
     def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, np.ndarray]:
         frames = train_frames[choose(rng, training.batch_size)][distributed.shard(training.batch_size)]
         return inputs.read(frames, cfg.random_shift_pixels, distributed.own_generator(rng))
 
     def loss(batch: tuple[Tensor, Tensor, np.ndarray]) -> tuple[Tensor, dict]:
-        images_B6HW, ids_BW, _ = batch
-        wanted_BP = changes(images_B6HW[:, :3], images_B6HW[:, 3:], cfg.full_change)
-        return F.binary_cross_entropy_with_logits(model(images_B6HW[:, :3], ids_BW).float(), wanted_BP), {}
+        images_B9HW, ids_BW, _ = batch
+        left_B2P, counts_B2 = targets(images_B9HW, cfg.full_change)
+        entropy_B2 = cross_entropy(model(images_B9HW[:, :3], ids_BW), left_B2P)
+        return (entropy_B2 * counts_B2).sum() / counts_B2.sum(), {}
 
     fit(
         model,
@@ -77,7 +79,7 @@ def run(cfg: GroundConfig) -> dict:
     images = output_dir / "images"
     draw(model, inputs, held_out_frames[:NUM_PICTURED_FRAMES], cfg.full_change, compute, images / "changes.png")
     if cfg.test_data is not None:
-        test = inputs_of(open_frames(cfg.test_data, cfg.image_size, cfg.cache_dir), model, compute)
+        test = inputs_of(open_frames(cfg.test_data, cfg.image_size, cfg.cache_dir), model, cfg.next_s, compute)
         frames = np.random.default_rng(0).permutation(test.store.num_frames)[:MAX_EVALUATION_FRAMES]
         numbers |= measure(model, test, frames, cfg.full_change, compute, "test")
         draw(model, test, frames[:NUM_PICTURED_FRAMES], cfg.full_change, compute, images / "test_changes.png")
@@ -85,16 +87,25 @@ def run(cfg: GroundConfig) -> dict:
         output_dir / "metrics.json",
         {"num_train_frames": len(train_frames), "num_held_out_frames": len(held_out_frames), **numbers},
     )
-    config = {"text": asdict(cfg.text), "width": cfg.width, "image_size": cfg.image_size}
+    config = {"text": asdict(cfg.text), "width": cfg.width, "image_size": cfg.image_size, "maps": list(MAPS)}
     save_model(output_dir, model.state_dict(), config)
     finish(output_dir)
     return numbers
 
 
-def inputs_of(store: FrameStore, model: GroundingModel, compute: Compute) -> Inputs:
-    """Every frame with its clip's last one behind it."""
-    last_N = np.asarray(store.episode_offsets)[1:][store.episode_of_frame()] - 1
-    return Inputs(store, model.text_encoder.encode_text(store.instructions), compute.device, last_N)
+def inputs_of(store: FrameStore, model: GroundingModel, next_s: float, compute: Compute) -> Inputs:
+    """Every frame, behind it its clip's last one, and the one `next_s` ahead: the last, where the clip ends before."""
+    episode_N = store.episode_of_frame()
+    last_N = np.asarray(store.episode_offsets)[1:][episode_N] - 1
+    fps_E = np.full(store.num_episodes, store.fps) if store.episode_fps is None else store.episode_fps
+    gap_E = np.maximum(1, np.round(next_s * fps_E)).astype(np.int64)
+    next_N = np.minimum(np.arange(store.num_frames) + gap_E[episode_N], last_N)
+    return Inputs(store, model.text_encoder.encode_text(store.instructions), compute.device, [last_N, next_N])
+
+
+def cross_entropy(logits_B2P: Tensor, left_B2P: Tensor) -> Tensor:
+    """(B, 2): of each map, in nats a cell."""
+    return F.binary_cross_entropy_with_logits(logits_B2P.float(), left_B2P, reduction="none").mean(-1)
 
 
 @torch.no_grad()
@@ -108,20 +119,21 @@ def measure(
 ) -> dict[str, float]:
     """Cross-entropy a cell in nats; the same with another frame's instruction; and its least, that of the targets.
 
-    The second minus the first is what the instruction tells.
+    The second minus the first is what the instruction tells. Means over the maps that a frame teaches.
     """
-    sums = dict.fromkeys((f"{prefix}_{name}" for name in ("cross_entropy", "with_other_instructions", "least")), 0.0)
+    names = [f"{prefix}_{name}" for name in ("cross_entropy", "with_other_instructions", "least")]
+    sums, count = dict.fromkeys(names, 0.0), 0.0
     for start in range(0, len(frames), EVALUATION_BATCH):
-        images_B6HW, ids_BW, _ = inputs.read(frames[start : start + EVALUATION_BATCH])
-        present_BCHW, wanted_BP = images_B6HW[:, :3], changes(images_B6HW[:, :3], images_B6HW[:, 3:], full_change)
+        images_B9HW, ids_BW, _ = inputs.read(frames[start : start + EVALUATION_BATCH])
+        present_BCHW, (left_B2P, counts_B2) = images_B9HW[:, :3], targets(images_B9HW, full_change)
         with compute.autocast():
-            own_BP, other_BP = model(present_BCHW, ids_BW), model(present_BCHW, ids_BW.roll(1, 0))
-        least_BP = torch.special.entr(wanted_BP) + torch.special.entr(1 - wanted_BP)
-        sums[f"{prefix}_least"] += float(least_BP.mean(1).sum())
-        for name, logits_BP in zip(sums, (own_BP, other_BP), strict=False):
-            loss_BP = F.binary_cross_entropy_with_logits(logits_BP.float(), wanted_BP, reduction="none")
-            sums[name] += float(loss_BP.mean(1).sum())
-    return {name: value / len(frames) for name, value in sums.items()}
+            own_B2P, other_B2P = model(present_BCHW, ids_BW), model(present_BCHW, ids_BW.roll(1, 0))
+        least_B2 = (torch.special.entr(left_B2P) + torch.special.entr(1 - left_B2P)).mean(-1)
+        count += float(counts_B2.sum())
+        values = (cross_entropy(own_B2P, left_B2P), cross_entropy(other_B2P, left_B2P), least_B2)
+        for name, value_B2 in zip(names, values, strict=True):
+            sums[name] += float((value_B2 * counts_B2).sum())
+    return {name: value / count for name, value in sums.items()}
 
 
 @torch.no_grad()
@@ -131,16 +143,21 @@ def draw(
     """Write a picture with a column a frame."""
     from matplotlib.figure import Figure
 
-    images_B6HW, ids_BW, _ = inputs.read(frames)
+    images_B9HW, ids_BW, _ = inputs.read(frames)
     with compute.autocast():
-        expected_BP = model(images_B6HW[:, :3], ids_BW).float().sigmoid()
-    side = images_B6HW.shape[-1] // FEATURE_STRIDE
-    true_BP = changes(images_B6HW[:, :3], images_B6HW[:, 3:], full_change)
-    maps = {"expected to change": expected_BP, "changes": true_BP}
-    figure = Figure(figsize=(2.2 * len(frames), 6.6))
-    axes = figure.subplots(3, len(frames), squeeze=False)
+        logits_B2P = model(images_B9HW[:, :3], ids_BW).float()
+    side = images_B9HW.shape[-1] // FEATURE_STRIDE
+    left_B2P, _ = targets(images_B9HW, full_change)
+    maps = {}
+    for index, name in enumerate(MAPS):
+        maps[f"expected: {name}"], maps[name] = logits_B2P[:, index].sigmoid(), left_B2P[:, index]
+    object_BP = (GROUNDED_GAIN * (logits_B2P[:, 0] - BODY_SHARE * logits_B2P[:, 1])).softmax(-1)
+    maps["keypoints look for the object"] = object_BP / object_BP.amax(-1, keepdim=True)
+    rows = len(maps) + 1
+    figure = Figure(figsize=(2.2 * len(frames), 2.2 * rows))
+    axes = figure.subplots(rows, len(frames), squeeze=False)
     for column, frame in enumerate(frames):
-        axes[0, column].imshow(images_B6HW[column, :3].permute(1, 2, 0).cpu().numpy())
+        axes[0, column].imshow(images_B9HW[column, :3].permute(1, 2, 0).cpu().numpy())
         instruction = inputs.store.instructions[inputs.episode_of_frame[frame]]
         axes[0, column].set_title(textwrap.fill(instruction, 24), fontsize=7)
         for row, (name, map_BP) in enumerate(maps.items(), start=1):

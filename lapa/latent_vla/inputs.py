@@ -1,5 +1,7 @@
 """What the stages `ground` and `pretrain` read, images and instructions by frame, and on how many they measure."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,10 +16,14 @@ CURVE_EVERY_LOGS = 10
 
 
 class Inputs:
-    """Images and text ids (E, W) of the episodes, by frame, on the device."""
+    """Images and text ids (E, W) of the episodes, by frame, on the device.
 
-    def __init__(self, store: FrameStore, ids_EW: Tensor, device: torch.device, future_N: np.ndarray | None = None):
-        self.store, self.device, self.ids_EW, self.future_N = store, device, ids_EW, future_N
+    Args:
+        futures: each the frame (N,) that is read behind each frame.
+    """
+
+    def __init__(self, store: FrameStore, ids_EW: Tensor, device: torch.device, futures: Sequence[np.ndarray] = ()):
+        self.store, self.device, self.ids_EW, self.futures = store, device, ids_EW, futures
         self.episode_of_frame = store.episode_of_frame()
 
     def read(
@@ -25,11 +31,12 @@ class Inputs:
     ) -> tuple[Tensor, Tensor, np.ndarray]:
         """Images (B, 3, S, S) in [0, 1], text ids (B, W) and the frame indices themselves.
 
-        Where there is a future frame, images are (B, 6, S, S): it comes behind, and is shifted with the present one.
+        Images have 3 channels more for each future frame: it comes behind, and is shifted with the present one.
         """
         pixels = self.store.frames[frames]
-        if self.future_N is not None:
-            pixels = np.concatenate([pixels, self.store.frames[self.future_N[frames]]], axis=-1)
+        if self.futures:
+            behind = [self.store.frames[future_N[frames]] for future_N in self.futures]
+            pixels = np.concatenate([pixels, *behind], axis=-1)
         if generator is not None:
             pixels = random_shift(pixels, shift_pixels, generator)
         ids_BW = self.ids_EW[self.episode_of_frame[frames]]

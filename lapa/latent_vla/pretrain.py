@@ -67,7 +67,8 @@ def run(cfg: PretrainConfig) -> dict:
 
     output_dir, training = Path(cfg.output_dir), cfg.training
     draw = mixture.sampler(train_frames)
-    inputs = Inputs(store, trunk.encode_text(store.instructions), compute.device, objective.future_N)
+    futures = [] if objective.future_N is None else [objective.future_N]
+    inputs = Inputs(store, trunk.encode_text(store.instructions), compute.device, futures)
     if compute.compile:
         trunk.compile()
 
@@ -152,7 +153,7 @@ def draw_keypoints(
 ) -> None:
     """Write keypoints.png, numbered on a column a frame; nothing for tokenizers without keypoints.
 
-    Those that `lapa ground` began are circles: where all of them lie on the robot, none looks for the object.
+    Those that `lapa ground` began are circles, the first half of them on the body, the others on the named object.
     """
     from matplotlib.figure import Figure
 

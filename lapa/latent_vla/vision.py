@@ -22,7 +22,8 @@ NUM_KEYPOINTS = 16
 NUM_GROUNDED_KEYPOINTS = NUM_KEYPOINTS // 2  # the first ones, where there is a grounding
 NUM_FREQUENCIES = 4
 SHARPNESS = 6.0  # standard deviation of a keypoint's weights at first, times the root of their number
-GROUNDED_GAIN = 2.0  # how much sharper a keypoint looks than the map of changes that it begins as
+GROUNDED_GAIN = 2.0  # how much sharper a keypoint looks than the map that it begins as
+BODY_SHARE = 0.8  # of the second map that is taken from the first, for the object
 
 
 def cell_centres(side: int) -> Tensor:
@@ -138,12 +139,22 @@ class KeypointTokenizer(nn.Module):
 
     @torch.no_grad()
     def look_for(self, maps: InstructedMaps) -> None:
-        """Let half of the maps begin where another, trained one looks (`lapa ground`), each a little beside it."""
-        channels, half = self.maps.plain.in_channels, NUM_GROUNDED_KEYPOINTS
-        beside_KC11 = self.maps.plain.weight[:half] / SHARPNESS
-        self.maps.plain.weight[:half] = beside_KC11 + GROUNDED_GAIN * maps.plain.weight
-        self.maps.query.weight[: half * channels] = GROUNDED_GAIN * maps.query.weight.repeat(half, 1)
-        self.maps.query.bias[: half * channels] = GROUNDED_GAIN * maps.query.bias.repeat(half)
+        """Let keypoints begin where the two maps of `lapa ground` look, each a little beside it.
+
+        A quarter on the first map, of all that moves, the body first; a quarter on what it has beyond the second, the
+        object that the instruction names.
+        """
+        channels, quarter = self.maps.plain.in_channels, NUM_GROUNDED_KEYPOINTS // 2
+        for first, body_share in ((0, 0.0), (quarter, BODY_SHARE)):
+            keypoints = slice(first, first + quarter)
+            rows = slice(first * channels, (first + quarter) * channels)
+            plain, weight, bias = (
+                GROUNDED_GAIN * (own[0] - body_share * own[1])
+                for own in (of.unflatten(0, (2, -1)) for of in (maps.plain.weight, maps.query.weight, maps.query.bias))
+            )
+            self.maps.plain.weight[keypoints] = self.maps.plain.weight[keypoints] / SHARPNESS + plain
+            self.maps.query.weight[rows] = weight.repeat(quarter, 1)
+            self.maps.query.bias[rows] = bias.repeat(quarter)
 
 
 class GridTokenizer(nn.Module):

@@ -43,7 +43,7 @@ def test_the_future_frame_is_the_quantizers_and_shifted_with_the_present_one(tmp
     objective = build_objective(cfg, mixture, trunk, everywhere, torch.device("cpu"))
     frames = np.flatnonzero(labels.is_valid)
     assert np.array_equal(objective.future_N[frames], frames + labels.frame_gap_frames)
-    inputs = Inputs(store, trunk.encode_text(store.instructions), torch.device("cpu"), objective.future_N)
+    inputs = Inputs(store, trunk.encode_text(store.instructions), torch.device("cpu"), [objective.future_N])
     images, _, _ = inputs.read(frames, 1, np.random.default_rng(0))
     assert images.shape[1] == 6
     # The square moves along its row, one pixel a step: two frames later it stands two columns further, however both
