@@ -210,8 +210,8 @@ def keypoints_section(run_dir: Path, video_dir: Path) -> str:
         return ""
     shown = (f"<h3>{escape(name)}</h3>" + image(path.read_bytes(), name) for name, path in pictures.values())
     return (
-        "<h2>Keypoints after pretraining</h2><p>Where they look in held-out frames. Circles began where grounding "
-        "looks, 0 to 3 for all that moves, 4 to 7 for the object; crosses began anywhere.</p>" + "".join(shown)
+        "<h2>Keypoints after pretraining</h2><p>Where they look in held-out frames. With a grounding, circles began "
+        "where it looks, 0 to 3 for all that moves, 4 to 7 for the object; crosses began anywhere.</p>" + "".join(shown)
     )
 
 

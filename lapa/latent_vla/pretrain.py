@@ -153,7 +153,8 @@ def draw_keypoints(
 ) -> None:
     """Write keypoints.png, numbered on a column a frame; nothing for tokenizers without keypoints.
 
-    Those that `lapa ground` began are circles, the first half of them on the body, the others on the named object.
+    Circles are those that `lapa ground` begins, if there is a grounding: the first half of them on the body, the others
+    on the named object.
     """
     from matplotlib.figure import Figure
 
