@@ -13,7 +13,8 @@ import os
 import threading
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def run(config: RunConfig) -> dict:
     if distributed.is_main():
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         write_json(Path(config.run_dir) / "run.json", asdict(config))
-    run_jobs(shared)
+    # Each a chain of its own.
+    chains = {f"{index}-{verb}": [(verb, options)] for index, (verb, options) in enumerate(shared)} | chains
     if config.parallel_jobs > 1:
         run_in_parallel(chains, config.parallel_jobs, Path(config.run_dir) / "logs")
     else:
@@ -154,7 +156,7 @@ def shared_jobs(config: RunConfig) -> list[Job]:
 
 
 def chains_of(config: RunConfig) -> dict[str, list[Job]]:
-    """Pretraining, finetuning and evaluation of every arm and seed, by name; no chain waits for another."""
+    """Pretraining, finetuning and evaluation of every arm and seed, by name; none needs another."""
     chains = {}
     for seed in config.seeds:
         for arm in config.arms:
@@ -284,28 +286,63 @@ def run_jobs(jobs: list[Job]) -> None:
 def run_in_parallel(chains: dict[str, list[Job]], num_processes: int, folder: Path) -> None:
     """Each chain in a process of its own, `num_processes` at a time; what they print goes to <folder>/<chain>.log.
 
-    A chain that fails stops no other. Raises ValueError at the end, with what they said.
+    A chain begins when those before it are done in whose folders it reads, and the first that can begin does. One that
+    fails stops none but those that need it. Raises ValueError at the end, with what they said.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    failures = {}
+    waiting, done, failures = needs_of(chains), set[str](), dict[str, str]()
     # spawn: a forked process would share this one's graphics context and threads.
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(min(num_processes, max(1, len(chains))), context, end_with_parent) as pool,
-        tqdm(total=len(chains), desc="arms and seeds", unit="chain") as bar,
+        tqdm(total=len(chains), desc="shared stages, then arms and seeds", unit="chain") as bar,
     ):
-        jobs = {pool.submit(run_chain, chain, folder / f"{name}.log"): name for name, chain in chains.items()}
-        for job in as_completed(jobs):
-            message = job.result()
-            if message is not None:
-                failures[jobs[job]] = message
-            bar.update()
+        at_work: dict[Future, str] = {}
+        while True:
+            # A queue in the pool would put what comes free late, and much waits for, behind what came free early.
+            for name in [name for name, needed in waiting.items() if needed <= done][: num_processes - len(at_work)]:
+                at_work[pool.submit(run_chain, chains[name], folder / f"{name}.log")] = name
+                del waiting[name]
+            if not at_work:
+                break
+            for job in wait(at_work, return_when=FIRST_COMPLETED).done:
+                name, message = at_work.pop(job), job.result()
+                if message is None:
+                    done.add(name)
+                else:
+                    failures[name] = message
+                bar.update()
+    for name, needed in waiting.items():
+        failures[name] = f"not begun, needs {', '.join(sorted(needed - done))}"
     if failures:
         told = "\n".join(f"  {name}: {message}" for name, message in sorted(failures.items()))
         raise ValueError(
             f"{len(failures)} of {len(chains)} chains failed; the same command runs them again, and {folder} holds "
             f"what they printed:\n{told}"
         )
+
+
+def needs_of(chains: dict[str, list[Job]]) -> dict[str, set[str]]:
+    """Of each chain the names of those before it whose output folder its options name, or something in it."""
+    needs: dict[str, set[str]] = {}
+    for name, jobs in chains.items():
+        places = [Path(text) for _, options in jobs for text in texts_of(asdict(options))]
+        needs[name] = {
+            other
+            for other in needs
+            for _, options in chains[other]
+            if any(place.is_relative_to(options.output_dir) for place in places)
+        }
+    return needs
+
+
+def texts_of(options: Any) -> Iterator[str]:
+    """Every text in nested options."""
+    if isinstance(options, str):
+        yield options
+    elif isinstance(options, dict | list):
+        for value in options.values() if isinstance(options, dict) else options:
+            yield from texts_of(value)
 
 
 def run_chain(jobs: list[Job], log: Path) -> str | None:

@@ -1241,7 +1241,7 @@ class RunConfig:
     evaluate_splits: list[str] = field(default_factory=list)  # evaluate each of these; empty: evaluate.split alone
     # Share of a batch of quantizer, grounding and pretraining that shows the demonstrations beside the videos; 0: none.
     demos_as_video: float = 0.0
-    parallel_jobs: int = 1  # arms and seeds at work at once, each in a process with its share of the cores
+    parallel_jobs: int = 1  # stages, later arms and seeds, at work at once, each with its share of the cores
     ingest: IngestConfig = field(default_factory=IngestConfig)
     # The many episodes seen as video; num_episodes=0: none, the videos are those of `ingest`.
     videos: DemosConfig = field(default_factory=DemosConfig)

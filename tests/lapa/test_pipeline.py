@@ -264,10 +264,27 @@ def test_the_proof_in_miniature_writes_every_table_and_resumes(tmp_path, capsys)
     assert not [path for path, content in before.items() if path.read_bytes() != content]
 
 
-def test_a_chain_that_fails_is_named_and_stops_no_other(tmp_path):
+def test_a_chain_that_fails_is_named_and_stops_none_but_those_that_need_it(tmp_path):
     missing = PretrainConfig(output_dir=str(tmp_path / "bad"), data=str(tmp_path / "absent"))
-    chains = {"bad-seed0": [("pretrain", missing)], "good-seed0": []}
-    with pytest.raises(ValueError, match=r"(?s)1 of 2 chains failed.*bad-seed0: ValueError: no folder"):
+    on_top = PretrainConfig(output_dir=str(tmp_path / "on_top"), data=str(tmp_path / "bad" / "made_there"))
+    chains = {"bad": [("pretrain", missing)], "on_top": [("pretrain", on_top)], "good-seed0": []}
+    told = r"(?s)2 of 3 chains failed.*bad: ValueError: no folder.*on_top: not begun, needs bad"
+    with pytest.raises(ValueError, match=told):
         pipeline.run_in_parallel(chains, 2, tmp_path / "logs")
-    assert "no folder" in (tmp_path / "logs" / "bad-seed0.log").read_text()
+    assert "no folder" in (tmp_path / "logs" / "bad.log").read_text()
     assert (tmp_path / "logs" / "good-seed0.log").is_file()
+    assert not (tmp_path / "logs" / "on_top.log").exists()
+
+
+def test_stages_side_by_side_wait_for_what_they_read():
+    shared, arms = jobs_of("arms=[scratch,lapa,vpt,shuffled]")
+    made = {Path(options.output_dir).name: [(verb, options)] for verb, options in shared}
+    needs = pipeline.needs_of(made | arms)
+    assert needs["demos"] == needs["videos"] == set()
+    assert needs["quantizer"] == needs["grounding"] == {"videos"}
+    assert needs["labels"] == {"videos", "quantizer"}
+    assert needs["labels-shuffled"] == {"videos", "quantizer", "labels"}
+    assert needs["pseudo_actions"] == {"videos", "inverse"} and needs["inverse"] == {"videos", "demos"}
+    assert needs["scratch-seed1"] == {"demos"}
+    assert needs["lapa-seed1"] == {"videos", "demos", "labels", "grounding"}
+    assert needs["vpt-seed1"] == {"videos", "demos", "pseudo_actions", "grounding"}
