@@ -833,6 +833,7 @@ class PretrainConfig:
     frame_gap_s: float = 0.3  # from the present frame to the planned one (predict=frame)
     frame_gap_frames: int | None = None  # states it in frames, for clips whose clock is not real time
     grounding: str | None = None  # folder of `lapa ground`: text encoder and image tokenizer begin as they ended there
+    grounding_warmup_steps: int = 300  # in which the rate of what is grounded rises from zero; 0: as all else
     # The same model, or one with a dense backbone that backbone=moma is upcycled from.
     init_from: str | None = None  # folder of `lapa pretrain` with the first weights; null: random ones
     ignore_gate: bool = False  # pretrain even on a quantizer that failed its gate

@@ -36,26 +36,33 @@ def learning_rate_factor(step: int, training: Training) -> float:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, learning_rate_ratios: dict[str, float] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    learning_rate_ratios: dict[str, float] | None = None,
+    warmup_steps: dict[str, int] | None = None,
 ) -> list[dict]:
     """Decay matrices and kernels, not biases, gains or other vectors.
 
     learning_rate_ratios: prefixes of parameter names that learn slower (or faster) than the rest, by this
     factor; each group says its own under `learning_rate_ratio`. ValueError for a prefix that nothing has.
 
+    warmup_steps: the same for parameters whose rate rises from zero over so many steps, whatever else it is multiplied
+    by; under `warmup_steps`.
+
     A model may set `learning_rate_ratio` on a parameter, by which its rate is multiplied too; such parameters
     are clipped apart from the rest (the values of memory layers).
     """
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
-    ratios = learning_rate_ratios or {}
+    groups: dict[tuple[bool, float, bool, int], list[nn.Parameter]] = {}
+    ratios, warmups = learning_rate_ratios or {}, warmup_steps or {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for prefix in ratios:
+    for prefix in ratios | warmups:
         if not any(name.startswith(prefix) for name, _ in named):
             raise ValueError(f"no trained parameter is called {prefix}*: known are {[name for name, _ in named]}")
     for name, parameter in named:
         ratio = next((ratio for prefix, ratio in ratios.items() if name.startswith(prefix)), 1.0)
         own = getattr(parameter, "learning_rate_ratio", None)
-        key = (parameter.ndim >= 2, ratio * (1.0 if own is None else own), own is not None)
+        warmup = next((steps for prefix, steps in warmups.items() if name.startswith(prefix)), 0)
+        key = (parameter.ndim >= 2, ratio * (1.0 if own is None else own), own is not None, warmup)
         groups.setdefault(key, []).append(parameter)
     return [
         {
@@ -63,8 +70,9 @@ def parameter_groups(
             "weight_decay": weight_decay if decays else 0.0,
             "learning_rate_ratio": ratio,
             "clipped_apart": apart,
+            "warmup_steps": warmup,
         }
-        for (decays, ratio, apart), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        for (decays, ratio, apart, warmup), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 
@@ -79,6 +87,7 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every_steps: int = 0,
     learning_rate_ratios: dict[str, float] | None = None,
+    warmup_steps: dict[str, int] | None = None,
 ) -> dict[str, float]:
     """Train `model` in place, resuming from `output_dir` if a state lies there.
 
@@ -88,7 +97,7 @@ def fit(
         loss_function: batch -> (scalar loss, numbers to log); called under autocast.
         evaluate: numbers on held-out data, logged every `evaluate_every_steps` and not used for anything else; every
             process calls it, so that their random states stay the same.
-        learning_rate_ratios: see `parameter_groups`.
+        learning_rate_ratios, warmup_steps: see `parameter_groups`.
 
     Returns the last logged numbers. With `ema_decay`, the model ends as the moving average of its weights.
     """
@@ -101,7 +110,7 @@ def fit(
     writes = distributed.is_main()
     fused = compute.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, training.weight_decay, learning_rate_ratios),
+        parameter_groups(model, training.weight_decay, learning_rate_ratios, warmup_steps),
         lr=training.learning_rate,
         betas=(training.beta1, training.beta2),
         fused=fused,
@@ -127,7 +136,8 @@ def fit(
         for step in progress:
             factor = learning_rate_factor(step, training)
             for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * factor * group["learning_rate_ratio"]
+                risen = min(1.0, step / group["warmup_steps"]) if group["warmup_steps"] else 1.0
+                group["lr"] = training.learning_rate * factor * risen * group["learning_rate_ratio"]
             batch = make_batch(np.random.default_rng([training.seed, step]))
             with compute.autocast():
                 loss, to_log = loss_function(batch)

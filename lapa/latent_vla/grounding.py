@@ -8,7 +8,9 @@ left in the end, so that it comes to mean the body alone, and what the first has
 is pushed.
 
 The stem and the text encoder that tell it go on to pretraining (`pretrain.grounding`), where a quarter of the keypoints
-begin on the first map, that is on the body, and a quarter on the object.
+begin on the first map, that is on the body, and a quarter on the object. There they learn slowly at first
+(`pretrain.grounding_warmup_steps`): the gradients of a trunk that is still random drive keypoints off the object (a
+pretrained network is distorted by a new head: Kumar et al. 2022, arXiv 2202.10054).
 
 Shapes: B batch, S image size, C channels, D width, P cells of the stem's features, 4 pixels wide.
 """
@@ -97,3 +99,10 @@ def start_grounded(trunk: VisionLanguageTrunk, folder: str, text: schema.TextEnc
     trunk.text_encoder.load_state_dict(model.text_encoder.state_dict())
     tokenizer.stem.load_state_dict(model.stem.state_dict())
     tokenizer.look_for(model.maps)
+
+
+def grounded_prefixes(model: nn.Module, trunk: VisionLanguageTrunk) -> list[str]:
+    """How the names of the parameters begin, in a model with this trunk, that `start_grounded` gave their weights."""
+    tokenizer = trunk.image_tokenizer
+    grounded = (trunk.text_encoder, tokenizer.stem, tokenizer.maps)
+    return [f"{name}." for name, module in model.named_modules() if any(module is part for part in grounded)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lapa import distributed
 from lapa.backbones.upcycle import initial_state
 from lapa.checkpoint import save_model, write_json
-from lapa.latent_vla.grounding import start_grounded
+from lapa.latent_vla.grounding import grounded_prefixes, start_grounded
 from lapa.latent_vla.inputs import (
     CURVE_EVERY_LOGS,
     EVALUATION_BATCH,
@@ -65,6 +65,7 @@ def run(cfg: PretrainConfig) -> dict:
         )
     held_out_frames = np.random.default_rng(0).permutation(held_out_frames)[:MAX_EVALUATION_FRAMES]
 
+    grounded = [] if cfg.grounding is None else grounded_prefixes(objective.model, trunk)
     output_dir, training = Path(cfg.output_dir), cfg.training
     draw = mixture.sampler(train_frames)
     futures = [] if objective.future_N is None else [objective.future_N]
@@ -89,6 +90,7 @@ def run(cfg: PretrainConfig) -> dict:
         description=f"pretrain on {cfg.predict}s",
         evaluate=lambda: {f"held_out_{k}": v for k, v in held_out_numbers(held_out_frames[:NUM_CURVE_FRAMES]).items()},
         evaluate_every_steps=CURVE_EVERY_LOGS * training.log_every_steps,
+        warmup_steps=dict.fromkeys(grounded, cfg.grounding_warmup_steps),
     )
     if not distributed.is_main():
         return {}

@@ -122,6 +122,26 @@ if __name__ == "__main__":  # the process that the first test kills
     train(Path(sys.argv[1]), pause_s=0.1)
 
 
+def test_parameters_with_a_warm_up_of_their_own_stand_still_at_first(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    before = [layer.weight.detach().clone() for layer in model]
+
+    def loss(_):
+        return model(torch.ones(4, 2)).square().mean(), {}
+
+    def step(num_steps, folder):
+        training = Training(num_steps=num_steps, warmup_steps=0, final_learning_rate_ratio=1.0, tensorboard=False)
+        fit(model, lambda rng: None, loss, training, setup(CPU), folder, warmup_steps={"0.": 100})
+
+    step(1, tmp_path / "one")
+    assert torch.equal(model[0].weight, before[0]) and not torch.equal(model[1].weight, before[1])
+    step(3, tmp_path / "three")
+    assert not torch.equal(model[0].weight, before[0])
+    assert (model[0].weight - before[0]).abs().max() < 0.1 * (model[1].weight - before[1]).abs().max()
+    with pytest.raises(ValueError, match="no trained parameter is called 2"):
+        parameter_groups(model, 0.0, warmup_steps={"2.": 1})
+
+
 def test_parameters_with_a_rate_of_their_own_are_grouped_and_clipped_apart():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
     model[1].weight.learning_rate_ratio = 10.0
