@@ -63,13 +63,15 @@ def comparison_table(outcomes: Outcomes, baseline: str = "scratch") -> Table:
     names = names_of(rows)
     text = []
     for row in rows:
-        arm, other = (ARM_NAMES.get(row[key], row[key]).removesuffix(" (upper bound)") for key in ("arm", "other"))
+        arm, other, floor = (
+            ARM_NAMES.get(row[key], row[key] or "").removesuffix(" (upper bound)") for key in ("arm", "other", "floor")
+        )
         if row["kind"] == "difference":
             what = f"{arm} − {other}"
             value, between = f"{100 * row['value']:+.1f}", f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
         else:
-            what = f"gap closure: ({arm} − Scratch) / (ActionVLA − Scratch)"
-            value, between = "left out", "ActionVLA − Scratch is inside the noise"
+            what = f"gap closure: ({arm} − {floor}) / ({other} − {floor})"
+            value, between = "left out", f"{other} − {floor} is inside the noise"
             if row["value"] is not None:
                 value, between = f"{row['value']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"
         text.append([names[row["split"], row["family"]], what, value, between])

@@ -61,6 +61,18 @@ def test_gap_closure_is_given_where_there_is_a_gap_and_left_empty_elsewhere(outc
     assert against_vpt["unseen"]["value"] == 0 and against_vpt["unseen"]["low"] <= 0 <= against_vpt["unseen"]["high"]
 
 
+def test_a_gap_is_closed_from_the_grounding_too_where_it_was_run(outcomes):
+    with_grounding = {group: arms | {"grounded": arms["vpt"]} for group, arms in outcomes.items()}
+    rows = [row for row in comparison_rows(with_grounding) if (row["split"], row["family"]) == ("train", "reach")]
+    closures = {(row["arm"], row["floor"]): row["value"] for row in rows if row["kind"] == "gap_closure"}
+    assert set(closures) == {(arm, "scratch") for arm in ("grounded", "vpt", "lapa")} | {
+        ("vpt", "grounded"),
+        ("lapa", "grounded"),
+    }
+    assert closures["lapa", "scratch"] == pytest.approx(5 / 7) and closures["lapa", "grounded"] == pytest.approx(3 / 5)
+    assert closures["vpt", "grounded"] == 0
+
+
 def test_variants_of_an_arm_are_arms_of_their_own_and_any_may_be_the_baseline(tmp_path):
     for variant, rate in {"dense": 0.4, "mot": 0.7}.items():
         for seed in range(2):
