@@ -125,8 +125,8 @@ def success_rows(outcomes: Outcomes) -> list[dict]:
 def comparison_rows(outcomes: Outcomes, baseline: str = "scratch") -> list[dict]:
     """A row a split, family and pair of arms: differences to a baseline and of LAPA to the others, and gap closures.
 
-    A gap closure without a value is one whose gap, ActionVLA - floor, is inside the noise. Floors are Scratch and, where
-    it was run, the grounding alone: what the arms bring along, as the paper's bring a pretrained vision-language model.
+    A gap closure without a value is one whose gap, ActionVLA - floor, is inside the noise. Floors are Scratch and,
+    where it was run, the grounding alone: what arms bring along, as the paper's bring a vision-language model.
     """
     rows = []
     for group, by_arm in with_pooled(outcomes).items():
