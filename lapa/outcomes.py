@@ -138,7 +138,7 @@ def comparison_rows(outcomes: Outcomes, baseline: str = "scratch") -> list[dict]
         for floor in FLOORS:
             if {floor, "action_vla"} <= set(by_arm):
                 for arm in by_arm:
-                    if arm not in (*FLOORS[: FLOORS.index(floor) + 1], "action_vla"):
+                    if arm not in ("scratch", floor, "action_vla"):
                         numbers = gap_closure(by_arm, arm, floor)
                         rows.append(comparison(group, "gap_closure", arm, "action_vla", numbers, floor))
     return rows

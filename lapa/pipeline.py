@@ -98,7 +98,8 @@ def run(config: RunConfig) -> dict:
     if distributed.is_main():
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         write_json(Path(config.run_dir) / "run.json", asdict(config))
-    # Each a chain of its own.
+    # Each shared job is a chain of its own; arms and seeds of whom no stage was asked for are none.
+    chains = {name: jobs for name, jobs in chains.items() if jobs}
     chains = {f"{index}-{verb}": [(verb, options)] for index, (verb, options) in enumerate(shared)} | chains
     if config.parallel_jobs > 1:
         run_in_parallel(chains, config.parallel_jobs, Path(config.run_dir) / "logs")

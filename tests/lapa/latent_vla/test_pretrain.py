@@ -74,15 +74,14 @@ def test_a_future_frame_without_codes_before_it_is_refused(tmp_path, toy_store):
 
 @pytest.mark.parametrize("action_head", ["chunk", "bins"])
 def test_action_pretraining_learns_and_saves_its_statistics(tmp_path, toy_store, action_head):
-    numbers = pretrain.run(
-        config(tmp_path, toy_store, predict="action", num_steps=150, action_head=action_head, num_bins=8)
-    )
+    cfg = config(tmp_path, toy_store, predict="action", num_steps=150, action_head=action_head, num_bins=8)
+    # A shift by a pixel of 16 hides so much that what is learned depends on the seed and on the processor.
+    numbers = pretrain.run(dataclasses.replace(cfg, random_shift_pixels=0))
     if action_head == "bins":  # midpoints of the toy's two wide bins are near none of its actions
         assert numbers["bin_cross_entropy"] < 0.2  # of one dimension .69 without a picture, of the other 0
     else:
-        # Four held-out episodes: .14 to .77 of the marginal by seed, and by processor.
-        assert numbers["first_action_mse"] < 0.9 * numbers["marginal_first_action_mse"]
-        assert numbers["first_action_cosine"] > 0.6
+        assert numbers["first_action_mse"] < 0.7 * numbers["marginal_first_action_mse"]
+        assert numbers["first_action_cosine"] > 0.7
     saved = read_json(tmp_path / "pretrained" / "config.json")
     assert saved["action_std"][0] == pytest.approx(0.91, abs=0.03) and saved["chunk_size"] == 3
 
@@ -105,7 +104,7 @@ def test_pseudo_actions_take_the_place_of_true_ones(tmp_path, toy_store):
     saved = read_json(tmp_path / "pretrained" / "config.json")
     assert saved["action_mean"][1] == pytest.approx(-0.5)
     metrics = read_json(tmp_path / "pretrained" / "metrics.json")
-    assert metrics["first_action_cosine"] > 0.6 and metrics["num_train_frames"] == 16 * 3
+    assert metrics["first_action_cosine"] > 0.7 and metrics["num_train_frames"] == 16 * 3
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, toy_store, toy_labels, monkeypatch):
